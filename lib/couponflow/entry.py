@@ -1,0 +1,143 @@
+"""What all jobs share: argument types, the run record around a job, exit codes."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from couponflow.config import Config, load_config
+from couponflow.dates import DateRange
+from couponflow.errors import ConfigError, CouponflowError
+from couponflow.lake import runs
+
+log = logging.getLogger("couponflow")
+
+
+@dataclass
+class Run:
+    """One execution of a job: what it may read (config, dates, arguments) and the record it fills."""
+
+    config: Config
+    dates: DateRange
+    record: runs.RunRecord
+    campaign: str = ""
+    model: str = ""
+
+    @property
+    def root_uri(self) -> str:
+        """Root of the lake."""
+        return self.config.lake.root_uri
+
+    @property
+    def run_id(self) -> str:
+        """Id of this run."""
+        return self.record.run_id
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Row counts by name."""
+        return self.record.rows
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Whatever else the record should show."""
+        return self.record.facts
+
+
+def _parse_dates(text: str | DateRange) -> DateRange:
+    if isinstance(text, DateRange):
+        return text
+    try:
+        return DateRange.parse(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+ConfigPath = Annotated[Path, typer.Option("--config", help="TOML file, such as deploy/env/local.toml.")]
+Dates = Annotated[
+    DateRange,
+    typer.Option(
+        "--dates", parser=_parse_dates, metavar="D|A:B", help="Inclusive days, such as 2017-10-01:2017-10-31."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="Override one config value; may be repeated."),
+]
+Campaign = Annotated[str, typer.Option("--campaign", help="Campaign id, such as 18.")]
+Model = Annotated[str, typer.Option("--model", help="Model kind: logistic, dien or blend.")]
+LogJson = Annotated[bool, typer.Option("--log-json", help="Log lines as JSON, for machines.")]
+
+
+def job_app(doc: str | None) -> typer.Typer:
+    """The Typer app of one job: plain help and plain tracebacks, for cluster logs."""
+    return typer.Typer(help=doc, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(
+            {"time": self.formatTime(record), "level": record.levelname, "message": record.getMessage()}
+        )
+
+
+def set_up_logging(as_json: bool = False) -> None:
+    """Log to stderr, once per process."""
+    if log.handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+    )
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+@contextmanager
+def record_run(
+    name: str, config: Config, dates: DateRange, campaign: str = "", model: str = "", fingerprint: str = ""
+) -> Iterator[Run]:
+    """Open a run record around a job; it is written once, with how the job ended."""
+    arguments = {key: value for key, value in (("campaign", campaign), ("model", model)) if value}
+    record = runs.start(name, str(dates), arguments, config.fingerprint())
+    record.fingerprint = fingerprint
+    try:
+        yield Run(config, dates, record, campaign, model)
+    except CouponflowError as error:
+        runs.finish(config.lake.root_uri, record, "failed", str(error))
+        raise
+    except BaseException as error:
+        runs.finish(config.lake.root_uri, record, "failed", f"{type(error).__name__}: {error}"[:2000])
+        raise
+    runs.finish(config.lake.root_uri, record, "ok")
+    log.info(
+        "%s %s: ok in %.1f s, rows %s", name, dates, record.seconds, json.dumps(record.rows, sort_keys=True)
+    )
+
+
+@contextmanager
+def open_run(
+    name: str,
+    config_path: Path,
+    overrides: list[str] | None,
+    dates: DateRange,
+    campaign: str = "",
+    model: str = "",
+    log_json: bool = False,
+) -> Iterator[Run]:
+    """The frame of a job's ``main``: config, record, and our errors as exit codes 2 to 5."""
+    set_up_logging(log_json)
+    try:
+        config = load_config(config_path, tuple(overrides or ()))
+        with record_run(name, config, dates, campaign, model) as run:
+            yield run
+    except CouponflowError as error:
+        typer.echo(f"couponflow {name}: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error

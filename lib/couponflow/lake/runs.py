@@ -1,0 +1,93 @@
+"""Run records: one JSON object per run, readable without Spark.
+
+A record says which job ran, over which dates, with which config, code and table versions, how many rows
+it read, wrote and refused, and how it ended. A finished record with the same fingerprint lets a rerun skip.
+"""
+
+import hashlib
+import json
+import uuid
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import couponflow
+from couponflow.lake import storage
+
+
+@dataclass
+class RunRecord:
+    """One run of one job. ``rows`` maps a name (table, feed, reason) to a count."""
+
+    run_id: str
+    job: str
+    dates: str
+    arguments: dict[str, str]
+    config_fingerprint: str
+    code_version: str
+    started_time: str
+    finished_time: str = ""
+    status: str = "running"
+    error: str = ""
+    fingerprint: str = ""
+    rows: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of a finished run."""
+        if not self.finished_time:
+            return 0.0
+        return (
+            datetime.fromisoformat(self.finished_time) - datetime.fromisoformat(self.started_time)
+        ).total_seconds()
+
+
+@cache
+def code_version() -> str:
+    """Hash of the package's and the jobs' source text; any edit gives another."""
+    package = Path(couponflow.__file__).parent
+    digest = hashlib.sha256()
+    for folder in (package, package.parent.parent / "jobs", package.parent / "jobs"):
+        for path in sorted(folder.rglob("*.py")) if folder.is_dir() else ():
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def start(job: str, dates: str, arguments: dict[str, str], config_fingerprint: str) -> RunRecord:
+    """Open a record with a fresh id; nothing is written until ``finish``."""
+    now = datetime.now(UTC)
+    run_id = f"{job}-{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+    return RunRecord(run_id, job, dates, arguments, config_fingerprint, code_version(), now.isoformat())
+
+
+def finish(root_uri: str, record: RunRecord, status: str, error: str = "") -> None:
+    """Close the record and write it once."""
+    record.finished_time = datetime.now(UTC).isoformat()
+    record.status = status
+    record.error = error
+    uri = storage.join(root_uri, "runs", record.job, f"{record.run_id}.json")
+    storage.create(uri, json.dumps(asdict(record), indent=1, sort_keys=True).encode(), record.run_id)
+
+
+def load_all(root_uri: str, job: str | None = None) -> list[RunRecord]:
+    """All records, oldest first."""
+    jobs = [job] if job else storage.list_names(storage.join(root_uri, "runs"))
+    records = []
+    for name in jobs:
+        folder = storage.join(root_uri, "runs", name)
+        for file in storage.list_names(folder):
+            if file.endswith(".json"):
+                records.append(RunRecord(**json.loads(storage.read_bytes(storage.join(folder, file)))))
+    return sorted(records, key=lambda record: (record.started_time, record.run_id))
+
+
+def latest_ok(root_uri: str, job: str, fingerprint: str | None = None) -> RunRecord | None:
+    """The newest successful record of a job, of one fingerprint if given."""
+    matches = [
+        r for r in load_all(root_uri, job) if r.status == "ok" and fingerprint in (None, r.fingerprint)
+    ]
+    return matches[-1] if matches else None

@@ -1,0 +1,280 @@
+"""The only door to Delta: Spark session, reads at a version, writes of one explicit range.
+
+A write replaces its range and nothing else (``replaceWhere`` on literals), so that readers see the old or
+the new rows of a range and never a mix, and a rerun with no rows empties the range.
+"""
+
+import os
+import re
+import sys
+from datetime import date
+from typing import Any
+
+from delta.exceptions import DeltaConcurrentModificationException
+from delta.tables import DeltaTable
+from py4j.protocol import Py4JJavaError
+from pyspark.errors import AnalysisException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+from couponflow.config import SparkConfig
+from couponflow.dates import DateRange
+from couponflow.errors import ConfigError, ConflictError, DataError, InfraError
+from couponflow.lake import schemas, storage
+
+_SAFE_VALUE = re.compile(r"[A-Za-z0-9_.:-]{1,128}", re.ASCII)
+_PROPERTY = "couponflow.schema_version"
+
+
+def spark_session(config: SparkConfig, app_name: str) -> SparkSession:
+    """The session of this process: UTC, Delta, dates and partitions as the jobs expect them.
+
+    Under ``spark-submit`` on a cluster the cluster's master and memory stay; locally the config decides.
+    """
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    builder = (
+        SparkSession.builder.appName(app_name)
+        .config("spark.sql.session.timeZone", "UTC")
+        .config("spark.sql.extensions", "io.delta.sql.DeltaSparkSessionExtension")
+        .config("spark.sql.catalog.spark_catalog", "org.apache.spark.sql.delta.catalog.DeltaCatalog")
+        .config("spark.sql.execution.arrow.pyspark.enabled", "true")
+        .config("spark.sql.shuffle.partitions", str(config.shuffle_partitions))
+    )
+    if "SPARK_ENV_LOADED" not in os.environ:  # set by spark-submit's own scripts
+        builder = (
+            builder.master(config.master)
+            .config("spark.driver.memory", config.driver_memory)
+            .config("spark.ui.enabled", "false")
+            .config("spark.ui.showConsoleProgress", "false")
+            .config("spark.driver.extraJavaOptions", "-Duser.timezone=UTC -XX:+UseParallelGC")
+            .config("spark.databricks.delta.snapshotPartitions", "2")  # default 50 tasks per log read
+            .config("spark.sql.sources.parallelPartitionDiscovery.parallelism", "4")
+        )
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel("FATAL")  # errors reach the caller as ours, without JVM traces
+    return spark
+
+
+def struct_type(columns: tuple[schemas.Column, ...]) -> T.StructType:
+    """Spark types of declared columns, comments included."""
+    fields = []
+    for column in columns:
+        kind = T._parse_datatype_string(column.type)
+        fields.append(T.StructField(column.name, kind, True, {"comment": column.comment}))
+    return T.StructType(fields)
+
+
+def table_uri(root_uri: str, table: str) -> str:
+    """Where a declared table lies."""
+    return storage.spark_uri(storage.join(root_uri, "tables", _declared(table).name))
+
+
+def read(
+    spark: SparkSession, root_uri: str, table: str, dates: DateRange | None = None, version: int | None = None
+) -> DataFrame:
+    """Read the rows of a range (or all) of a table's snapshot.
+
+    Raises:
+        DataError: the table does not exist, has another schema version, or the version is gone.
+    """
+    declared = _declared(table)
+    uri = table_uri(root_uri, table)
+    reader = spark.read.format("delta")
+    if version is not None:
+        reader = reader.option("versionAsOf", version)
+    try:
+        frame = reader.load(uri)
+    except AnalysisException as error:
+        raise DataError(
+            f"table {table} cannot be read at {uri}: {_first_line(error)}; run the job that writes it"
+        ) from error
+    missing = [name for name in declared.column_names if name not in frame.columns]
+    if missing:
+        raise DataError(
+            f"table {table} at {uri} lacks column {missing[0]}; it was written by another code version, rebuild it"
+        )
+    frame = frame.select(*declared.column_names)
+    return frame if dates is None else frame.where(in_range(_date_column(declared), dates))
+
+
+def in_range(column: str, dates: DateRange) -> Any:
+    """Condition ``start <= column < end``."""
+    return (F.col(column) >= F.lit(dates.start)) & (F.col(column) < F.lit(dates.end))
+
+
+def overwrite(
+    frame: DataFrame,
+    root_uri: str,
+    table: str,
+    dates: DateRange | None = None,
+    run_id: str = "",
+    rows_per_file: int | None = None,
+    **equals: str,
+) -> int:
+    """Replace the rows of one range (and of equal key values) by ``frame``; returns the rows written.
+
+    Grain, key and types are those of ``schemas``; rows outside the range are refused by Delta.
+    ``rows_per_file`` bounds a file's rows: one row group per file, for Petastorm.
+
+    Raises:
+        DataError: a column is missing, has another type, or is null where the declaration forbids it.
+        ConflictError: another run changed the same range meanwhile.
+        InfraError: the write failed.
+    """
+    declared = _declared(table)
+    uri = table_uri(root_uri, table)
+    shaped = _conform(frame, declared)
+    _create_if_absent(frame.sparkSession, declared, uri)
+    writer = (
+        shaped.write.format("delta")
+        .mode("overwrite")
+        .option("replaceWhere", _predicate(declared, dates, equals))
+        .option("userMetadata", run_id)
+    )
+    if rows_per_file is not None:
+        writer = writer.option("maxRecordsPerFile", rows_per_file)
+    try:
+        writer.save(uri)
+    except DeltaConcurrentModificationException as error:
+        raise ConflictError(
+            f"table {table}, range {dates or equals}: another run changed it meanwhile; run again"
+        ) from error
+    except Exception as error:
+        raise _write_error(error, table, dates or equals) from error
+    metrics = (
+        DeltaTable.forPath(frame.sparkSession, uri).history(1).select("operationMetrics").collect()[0][0]
+    )
+    return int(metrics.get("numOutputRows", 0))
+
+
+def version(spark: SparkSession, root_uri: str, table: str) -> int | None:
+    """The newest version of a table, or None where it does not exist."""
+    uri = table_uri(root_uri, table)
+    if not DeltaTable.isDeltaTable(spark, uri):
+        return None
+    return int(DeltaTable.forPath(spark, uri).history(1).select("version").collect()[0][0])
+
+
+def snapshot_files(frame: DataFrame) -> dict[str, int]:
+    """Files of a frame read by ``read``, each with the rows that the frame's filters keep in it.
+
+    What Petastorm may open: never a directory listing, which would bring replaced rows back.
+    """
+    rows = frame.groupBy(F.input_file_name().alias("file")).count().collect()
+    return {row["file"]: int(row["count"]) for row in sorted(rows, key=lambda row: str(row["file"]))}
+
+
+def content_hash(frame: DataFrame) -> str:
+    """Order-free hash of a frame's rows: equal contents give equal text whatever the files."""
+    columns = [
+        F.to_json(F.col(name)) if isinstance(frame.schema[name].dataType, T.MapType) else F.col(name)
+        for name in sorted(frame.columns)
+    ]
+    row_hash = F.xxhash64(*columns).cast("decimal(20,0)")
+    total = frame.agg(F.count(F.lit(1)).alias("n"), F.sum(row_hash).alias("s")).collect()[0]
+    return storage.sha256(f"{total['n']}|{total['s']}".encode())[:16]
+
+
+def _declared(table: str) -> schemas.Table:
+    try:
+        return schemas.TABLES[table]
+    except KeyError as error:
+        raise ConfigError(f"unknown table {table!r}; one of {', '.join(sorted(schemas.TABLES))}") from error
+
+
+def _date_column(declared: schemas.Table) -> str:
+    if declared.date_column is None:
+        raise ConfigError(f"table {declared.name} has no date column; read it without dates")
+    return declared.date_column
+
+
+def _predicate(declared: schemas.Table, dates: DateRange | None, equals: dict[str, str]) -> str:
+    parts = []
+    if dates is not None:
+        column = _date_column(declared)
+        parts += [f"{column} >= DATE '{_iso(dates.start)}'", f"{column} < DATE '{_iso(dates.end)}'"]
+    for name, value in sorted(equals.items()):
+        if name not in declared.column_names or not _SAFE_VALUE.fullmatch(value):
+            raise ConfigError(
+                f"table {declared.name}: {name} = {value!r} cannot name a range; use letters, digits and _ . : -"
+            )
+        parts.append(f"{name} = '{value}'")
+    if not parts:
+        raise ConfigError(f"table {declared.name}: a write needs a date range or a key value")
+    return " AND ".join(parts)
+
+
+def _iso(day: date) -> str:
+    return day.isoformat()
+
+
+def _conform(frame: DataFrame, declared: schemas.Table) -> DataFrame:
+    expected = struct_type(declared.columns)
+    for column, wanted in zip(declared.columns, expected.fields, strict=True):
+        if column.name not in frame.columns:
+            raise DataError(
+                f"column {column.name} of table {declared.name} is missing in the rows to write; fix the job that builds it"
+            )
+        found = frame.schema[column.name].dataType
+        if found.simpleString() != wanted.dataType.simpleString():
+            raise DataError(
+                f"column {column.name} of table {declared.name}: expected {wanted.dataType.simpleString()}, "
+                f"found {found.simpleString()}; cast it in the job that builds it"
+            )
+    checked = [
+        F.when(F.col(c.name).isNull(), F.raise_error(F.lit(f"null in {declared.name}.{c.name}")))
+        .otherwise(F.col(c.name))
+        .alias(c.name)
+        if not c.nullable
+        else F.col(c.name)
+        for c in declared.columns
+    ]
+    return frame.select(*checked)
+
+
+def _create_if_absent(spark: SparkSession, declared: schemas.Table, uri: str) -> None:
+    if DeltaTable.isDeltaTable(spark, uri):
+        return
+    # Statistics only where they skip files: min/max of user ids would keep a person's id in the log.
+    statistics = [*([declared.date_column] if declared.date_column else []), *declared.statistics]
+    builder = (
+        DeltaTable.createIfNotExists(spark)
+        .location(uri)
+        .addColumns(struct_type(declared.columns))
+        .comment(f"One row per {declared.grain}; key {', '.join(declared.key)}")
+        .property("delta.enableDeletionVectors", "false")  # Petastorm would read deleted rows
+        .property(
+            "delta.dataSkippingStatsColumns",
+            ",".join(dict.fromkeys(s for s in statistics if s not in declared.partition)),
+        )
+        .property(_PROPERTY, str(schemas.SCHEMA_VERSION))
+    )
+    if declared.partition:
+        builder = builder.partitionedBy(*declared.partition)
+    builder.execute()
+
+
+def _write_error(error: Exception, table: str, where: object) -> Exception:
+    text = str(error)
+    null = re.search(r"null in ([a-z_]+\.[a-z_]+)", text)
+    if null:
+        return DataError(
+            f"{null[1]} is null in range {where}, which the table forbids; quarantine such rows before the write"
+        )
+    if isinstance(error, AnalysisException) and "REPLACE_WHERE_MISMATCH" in text:
+        return DataError(
+            f"table {table}: rows outside range {where} were to be written; filter the input to the range"
+        )
+    if isinstance(error, Py4JJavaError | AnalysisException) or type(error).__module__.startswith("pyspark"):
+        return InfraError(
+            f"table {table}, range {where}: write failed ({_first_line(error)}); the previous version is intact, run again"
+        )
+    return error
+
+
+def _first_line(error: Exception) -> str:
+    cause = getattr(error, "java_exception", None)
+    text = str(cause.getMessage()) if cause is not None else str(error)
+    return text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__

@@ -1,0 +1,1 @@
+"""Networks, calibration and the model bundle; torch only."""

@@ -1,0 +1,1 @@
+"""Freshness, row counts and verdicts."""

@@ -1,0 +1,1 @@
+"""From raw feeds to examples."""

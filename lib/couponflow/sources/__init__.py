@@ -1,0 +1,1 @@
+"""Raw feeds: the real data set and a synthetic shop."""

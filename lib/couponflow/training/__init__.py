@@ -1,0 +1,1 @@
+"""Feeding, fitting, judging and registering models."""

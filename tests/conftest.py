@@ -1,0 +1,34 @@
+"""Shared fixtures: one Spark session per run, one lake folder per test."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from builders import test_config
+
+from couponflow.config import Config
+
+COLUMNS = "100"
+
+
+@pytest.fixture(scope="session")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """The one local Spark session: UTC, Delta, 1 GB heap."""
+    from couponflow.config import SparkConfig
+    from couponflow.lake import tables
+
+    session = tables.spark_session(SparkConfig(driver_memory="1g"), "tests")
+    yield session
+    session.stop()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Config of a small lake in a folder of this test."""
+    return test_config(tmp_path)
+
+
+@pytest.fixture
+def root_uri(config: Config) -> str:
+    """Root of this test's lake."""
+    return config.lake.root_uri
