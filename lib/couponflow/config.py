@@ -35,7 +35,7 @@ TimeZone = Annotated[str, AfterValidator(_check_time_zone)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 # A TOML array is a list and a quoted day a string: tuple and date fields accept those, and nothing looser.
 Loose = Field(strict=False)
-Days = Annotated[tuple[date, ...], Loose]
+Days = Annotated[tuple[Annotated[date, Loose], ...], Loose]
 Names = Annotated[tuple[str, ...], Loose]
 
 
@@ -44,7 +44,7 @@ class LakeConfig(Section):
 
     root_uri: str = Field(
         default="var/lake",
-        description="Folder or gs:// prefix that holds raw feeds, tables, models and runs.",
+        description="Folder or gs:// prefix of raw feeds, tables, models and runs.",
     )
     time_zone: TimeZone = Field(
         default="UTC", description="Business time zone; days are cut at its midnight."
@@ -54,13 +54,13 @@ class LakeConfig(Section):
     )
     closed_days: Days = Field(
         default=(),
-        description="Days on which no delivery is expected; a missing feed day outside this list stops a run.",
+        description="Days on which no delivery is expected; any other missing feed day stops a run.",
     )
     lateness_days: int = Field(
         default=3,
         ge=0,
         le=60,
-        description="Days. Events delivered later than this after their event date go to quarantine. Higher keeps more, reopens more days.",
+        description="Days. Events delivered later go to quarantine. Higher keeps more and reopens more days.",
     )
 
 
@@ -139,7 +139,7 @@ class VocabularyConfig(Section):
     min_count: int = Field(
         default=5,
         ge=1,
-        description="Events an item needs to get an id of its own; fewer share OOV. Higher gives a smaller table.",
+        description="Events an item needs for an id of its own; fewer share OOV. Higher: smaller table.",
     )
 
 
@@ -159,7 +159,7 @@ class ExamplesConfig(Section):
         default=7,
         ge=1,
         le=365,
-        description="Days between two snapshots of item popularity; a step sees the last snapshot before its own day.",
+        description="Days between snapshots of item popularity; a step sees the last one before its day.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the auxiliary negatives.")
     train_start: date = Field(
@@ -334,6 +334,11 @@ class RunConfig(Section):
     last_date: date = Field(
         default=date(2017, 12, 31), strict=False, description="Last ingest date of the data."
     )
+    first_as_of: date = Field(
+        default=date(2016, 11, 1),
+        strict=False,
+        description="First send date looked at when labels and examples are built.",
+    )
     campaign_id: str = Field(default="18", description="Campaign for which users are scored and selected.")
     run_date: date = Field(
         default=date(2017, 10, 30),
@@ -391,7 +396,7 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Con
             tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(
-                f"config file {path}: cannot be read ({error.strerror}); give --config PATH of an existing file"
+                f"config file {path}: cannot be read ({error.strerror}); give --config an existing file"
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"config file {path}: not valid TOML ({error}); correct that line") from error

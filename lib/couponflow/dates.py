@@ -38,7 +38,7 @@ class DateRange:
     def __post_init__(self) -> None:
         if not self.start < self.end:
             raise ConfigError(
-                f"date range {self.start} to {self.end} is empty or reversed; give START:END with START <= END"
+                f"date range {self.start} to {self.end} is empty or reversed; give START:END in order"
             )
         if (self.end - self.start).days > MAX_DAYS:
             raise ConfigError(

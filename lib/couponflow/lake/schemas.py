@@ -241,8 +241,10 @@ TABLES: dict[str, Table] = {
             "sends",
             "mail delivered to a user for a campaign",
             ("send_id",),
-            "send_date",
-            ("send_date",),
+            # A campaign older than the data is delivered on the first ingest date, so send_date cannot be
+            # the range of a write; readers by send_date filter that column.
+            "ingest_date",
+            ("ingest_date",),
             (
                 _required("send_id", "string", "send"),
                 _required("campaign_id", "string", "campaign"),
@@ -251,6 +253,7 @@ TABLES: dict[str, Table] = {
                 _required("delivered_time", "timestamp", "when it was delivered, UTC"),
                 Column("propensity", "double", "probability with which this user was chosen; null = unknown"),
                 _required("send_date", "date", "business day of delivered_time"),
+                _INGEST_DATE,
             ),
         ),
         Table(
@@ -499,7 +502,7 @@ FEEDS: dict[str, Feed] = {
         Feed("events", True, _EVENT_COLUMNS),
         Feed("orders", True, _delivered("orders", ("ingest_date",))),
         Feed("redemptions", False, _delivered("redemptions", ("ingest_date",))),
-        Feed("sends", False, _delivered("sends", ("send_date",))),
+        Feed("sends", False, _delivered("sends", ("send_date", "ingest_date"))),
         Feed("campaigns", False, _delivered("campaigns", ("ingest_date",))),
         Feed("consents", False, _delivered("consents", ("snapshot_date",))),
         Feed("users", False, _delivered("users", ("snapshot_date",))),

@@ -60,6 +60,32 @@ def read_bytes(uri: str) -> bytes:
         ) from error
 
 
+def read_head(uri: str, size: int) -> bytes:
+    """The first ``size`` bytes of one object, fewer if it is shorter.
+
+    Raises:
+        DataError: it does not exist.
+    """
+    if is_remote(uri):
+        blob = _blob(uri)
+        try:
+            blob.reload()
+            return bytes(blob.download_as_bytes(start=0, end=size - 1)) if blob.size else b""
+        except Exception as error:
+            if type(error).__name__ == "NotFound":
+                raise DataError(f"{uri} does not exist; run the stage that writes it") from error
+            raise InfraError(
+                f"{uri} cannot be read ({type(error).__name__}: {error}); check access and try again"
+            ) from error
+    try:
+        with Path(uri).open("rb") as file:
+            return file.read(size)
+    except FileNotFoundError as error:
+        raise DataError(f"{uri} does not exist; run the stage that writes it") from error
+    except OSError as error:
+        raise InfraError(f"{uri} cannot be read ({error.strerror}); check access and try again") from error
+
+
 def exists(uri: str) -> bool:
     """Whether the object is there."""
     return bool(_blob(uri).exists()) if is_remote(uri) else Path(uri).is_file()
@@ -94,7 +120,7 @@ def create(uri: str, content: bytes, run_id: str) -> None:
             ) from error
     except OSError as error:
         raise InfraError(
-            f"{uri} cannot be written ({error.strerror}, {len(content)} bytes needed); free space or fix access"
+            f"{uri}: {len(content)} bytes cannot be written ({error.strerror}); free space or fix access"
         ) from error
 
 

@@ -10,7 +10,6 @@ import sys
 from datetime import date
 from typing import Any
 
-from delta.exceptions import DeltaConcurrentModificationException
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException
@@ -92,9 +91,7 @@ def read(
         ) from error
     missing = [name for name in declared.column_names if name not in frame.columns]
     if missing:
-        raise DataError(
-            f"table {table} at {uri} lacks column {missing[0]}; it was written by another code version, rebuild it"
-        )
+        raise DataError(f"table {table} at {uri} lacks column {missing[0]}; other code wrote it, rebuild it")
     frame = frame.select(*declared.column_names)
     return frame if dates is None else frame.where(in_range(_date_column(declared), dates))
 
@@ -137,10 +134,6 @@ def overwrite(
         writer = writer.option("maxRecordsPerFile", rows_per_file)
     try:
         writer.save(uri)
-    except DeltaConcurrentModificationException as error:
-        raise ConflictError(
-            f"table {table}, range {dates or equals}: another run changed it meanwhile; run again"
-        ) from error
     except Exception as error:
         raise _write_error(error, table, dates or equals) from error
     metrics = (
@@ -198,7 +191,7 @@ def _predicate(declared: schemas.Table, dates: DateRange | None, equals: dict[st
     for name, value in sorted(equals.items()):
         if name not in declared.column_names or not _SAFE_VALUE.fullmatch(value):
             raise ConfigError(
-                f"table {declared.name}: {name} = {value!r} cannot name a range; use letters, digits and _ . : -"
+                f"table {declared.name}: {name} = {value!r} cannot name a range; use letters, digits, _.:-"
             )
         parts.append(f"{name} = '{value}'")
     if not parts:
@@ -215,7 +208,7 @@ def _conform(frame: DataFrame, declared: schemas.Table) -> DataFrame:
     for column, wanted in zip(declared.columns, expected.fields, strict=True):
         if column.name not in frame.columns:
             raise DataError(
-                f"column {column.name} of table {declared.name} is missing in the rows to write; fix the job that builds it"
+                f"column {column.name} of table {declared.name} is not among the rows to write; fix its job"
             )
         found = frame.schema[column.name].dataType
         if found.simpleString() != wanted.dataType.simpleString():
@@ -258,10 +251,12 @@ def _create_if_absent(spark: SparkSession, declared: schemas.Table, uri: str) ->
 
 def _write_error(error: Exception, table: str, where: object) -> Exception:
     text = str(error)
+    if "[DELTA_CONCURRENT" in text or "ConcurrentModificationException" in text:
+        return ConflictError(f"table {table}, range {where}: another run changed it meanwhile; run again")
     null = re.search(r"null in ([a-z_]+\.[a-z_]+)", text)
     if null:
         return DataError(
-            f"{null[1]} is null in range {where}, which the table forbids; quarantine such rows before the write"
+            f"{null[1]} is null in range {where}, which the table forbids; quarantine such rows first"
         )
     if isinstance(error, AnalysisException) and "REPLACE_WHERE_MISMATCH" in text:
         return DataError(
@@ -269,7 +264,8 @@ def _write_error(error: Exception, table: str, where: object) -> Exception:
         )
     if isinstance(error, Py4JJavaError | AnalysisException) or type(error).__module__.startswith("pyspark"):
         return InfraError(
-            f"table {table}, range {where}: write failed ({_first_line(error)}); the previous version is intact, run again"
+            f"table {table}, range {where}: write failed ({_first_line(error)}); "
+            "the previous version is intact, run again"
         )
     return error
 

@@ -1,0 +1,106 @@
+# The one way in: every target installs what it needs first, behind stamp files.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+UV_VERSION := 0.13.9
+GCS_SERVER_VERSION := v1.52.2
+PYTHON := .venv/bin/python
+UV := .tools/uv/bin/uv
+CONFIG ?= deploy/env/local.toml
+ONLY ?=
+
+# Horovod's isolated build reads the toolchain by absolute path, so it cannot stand in pyproject.toml.
+export CMAKE_TOOLCHAIN_FILE := $(CURDIR)/deploy/build/toolchain.cmake
+# `uv run` and a bare `uv sync` would empty the environment of its optional groups.
+export UV_NO_SYNC := 1
+export UV_PYTHON_DOWNLOADS := never
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PYTHONPATH :=
+
+.PHONY: help
+help: ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: install ## the main job on real data, end to end; prints where the report is
+	$(PYTHON) -m couponflow.cli run --config $(CONFIG)
+
+.PHONY: demo
+demo: install ## the same pipeline on a small synthetic shop (no download)
+	$(PYTHON) -m couponflow.cli run --config deploy/env/demo.toml
+
+.PHONY: test
+test: install .stamps/gcs ## all tests that need no GPU and no cloud account
+	$(PYTHON) -m pytest
+
+.PHONY: test-unit test-spark test-e2e
+test-unit: install ## unit tests only: no JVM
+	$(PYTHON) -m pytest tests/unit
+test-spark: install ## Spark tests only
+	$(PYTHON) -m pytest tests/spark
+test-e2e: install .stamps/gcs ## end-to-end tests only
+	$(PYTHON) -m pytest tests/e2e
+
+.PHONY: check
+check: install ## ruff, mypy strict and the import rules
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy lib jobs bench deploy/build
+	$(PYTHON) -m pytest -q tests/unit/test_import_rules.py tests/unit/test_repository.py
+
+.PHONY: fmt
+fmt: install ## rewrite formatting
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+.PHONY: golden
+golden: install ## rewrite the expected files in tests/golden; review them as a diff
+	COUPONFLOW_GOLDEN=1 $(PYTHON) -m pytest -q tests/unit -k golden
+
+.PHONY: bench
+bench: install ## measure every speed claim (ONLY=name for one), write bench/results.json
+	$(PYTHON) -m bench.run $(ONLY)
+
+.PHONY: wheel
+wheel: install ## the package and the jobs as one wheel, in dist/
+	$(UV) build --wheel --offline --no-build-isolation --out-dir dist 2>/dev/null || $(UV) build --wheel --out-dir dist
+
+.PHONY: lock
+lock: .stamps/uv ## refresh uv.lock
+	$(UV) lock
+
+.PHONY: clean
+clean: ## remove results and caches; the environment stays
+	rm -rf var dist bench/results.json .pytest_cache .ruff_cache .mypy_cache .hypothesis spark-warehouse
+	find lib jobs tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: install
+install: .stamps/env .stamps/jars ## uv, the locked environment with the Horovod build, Delta jars
+
+.stamps/prerequisites: deploy/build/prerequisites.sh
+	@bash deploy/build/prerequisites.sh
+	@mkdir -p .stamps && touch $@
+
+.stamps/uv: .stamps/prerequisites Makefile
+	@echo "==> uv $(UV_VERSION)"
+	@python3.11 -m venv .tools/uv
+	@.tools/uv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@touch $@
+
+.stamps/env: .stamps/uv pyproject.toml uv.lock $(wildcard deploy/build/*.cmake)
+	@echo "==> environment from uv.lock (the first time: about 2 GB of downloads and a Horovod build of 2 to 8 minutes)"
+	@$(UV) sync --offline --frozen --all-groups --python 3.11 2>/dev/null || $(UV) sync --frozen --all-groups --python 3.11
+	@touch $@
+
+.stamps/jars: .stamps/env deploy/build/fetch_jars.py
+	@echo "==> Delta jars"
+	@$(PYTHON) deploy/build/fetch_jars.py .cache/ivy
+	@touch $@
+
+.stamps/gcs:
+	@mkdir -p .stamps
+	@if command -v go >/dev/null; then \
+	  echo "==> local object server for the gs:// tests (built once, about a minute)"; \
+	  GOBIN=$(CURDIR)/.tools/bin go install github.com/fsouza/fake-gcs-server@$(GCS_SERVER_VERSION) && touch $@; \
+	else echo "==> Go is not installed: the gs:// tests will be skipped (Debian: apt-get install golang)"; fi

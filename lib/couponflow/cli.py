@@ -1,0 +1,329 @@
+"""The ``couponflow`` command. Bodies import what they start, so that ``--help`` stays light."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from couponflow import console, pipeline
+from couponflow.config import Config, load_config
+from couponflow.dates import DateRange, parse_day
+from couponflow.entry import Campaign, ConfigPath, Dates, Model, Overrides, record_run, set_up_logging
+from couponflow.errors import ConfigError, CouponflowError
+from couponflow.lake import runs, schemas
+
+DEFAULT_CONFIG = Path("deploy/env/local.toml")
+
+app = typer.Typer(
+    help="Decide who gets a coupon mail: from raw browsing logs to an exported audience.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="List, inspect, promote and roll back model bundles.", no_args_is_help=True)
+campaign_app = typer.Typer(help="Approve an audience, or write a campaign's report.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+app.add_typer(campaign_app, name="campaign")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")]
+
+
+@contextmanager
+def _errors_as_exit_codes() -> Iterator[None]:
+    set_up_logging()
+    try:
+        yield
+    except CouponflowError as error:
+        typer.echo(f"couponflow: {error}", err=True)
+        raise typer.Exit(error.exit_code) from error
+
+
+def _load(config: Path, overrides: list[str] | None) -> Config:
+    return load_config(config, tuple(overrides or ()))
+
+
+@app.command()
+def run(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Run every stage of the main job; finished stages are skipped.
+
+    Example: couponflow run --config deploy/env/local.toml
+    """
+    with _errors_as_exit_codes():
+        settings = _load(config, overrides)
+        stages = pipeline.plan(settings)
+        if dry_run:
+            console.show_plan(stages)
+            return
+        from couponflow.campaign import overview
+
+        session = _LazySpark(settings)
+        with console.RunDisplay(session.peek) as progress:
+            outcomes = pipeline.execute(settings, stages, session, progress)
+        overview.finish(settings, outcomes, session(), console.show_rows)
+
+
+@app.command()
+def land(
+    source: Annotated[str, typer.Argument(help="completejourney or synthetic.")],
+    config: ConfigPath = DEFAULT_CONFIG,
+    overrides: Overrides = None,
+) -> None:
+    """Land a source's raw feeds under the lake's root.
+
+    Example: couponflow land synthetic --config deploy/env/demo.toml
+    """
+    with _errors_as_exit_codes():
+        settings = _load(config, [*(overrides or []), f"source.name={source}"])
+        data = DateRange(settings.run.first_date, settings.run.last_date + timedelta(days=1))
+        with (
+            console.RunDisplay(lambda: None) as progress,
+            record_run("land", settings, data) as job,
+        ):
+            job.rows.update(pipeline.land(settings, progress.step))
+        console.show_rows("Landed", ["feed", "rows"], [[name, n] for name, n in job.rows.items()])
+
+
+@app.command("job")
+def one_job(
+    name: Annotated[str, typer.Argument(help="Job, such as clean_events; see jobs/.")],
+    dates: Dates,
+    config: ConfigPath = DEFAULT_CONFIG,
+    campaign: Campaign = "",
+    model: Model = "",
+    overrides: Overrides = None,
+) -> None:
+    """Run one job over one date range, in this process.
+
+    Example: couponflow job sessionize --dates 2017-10-01:2017-10-31
+    """
+    with _errors_as_exit_codes():
+        _run_job(name, _load(config, overrides), dates, campaign, model)
+
+
+@app.command()
+def backfill(
+    name: Annotated[str, typer.Argument(help="Job, such as clean_events.")],
+    from_date: Annotated[str, typer.Option("--from-date", help="First day, inclusive.")],
+    to_date: Annotated[str, typer.Option("--to-date", help="Last day, inclusive.")],
+    config: ConfigPath = DEFAULT_CONFIG,
+    overrides: Overrides = None,
+    reprocess_behavior: Annotated[
+        str, typer.Option("--reprocess-behavior", help="none, failed or completed: which days run again.")
+    ] = "none",
+    run_backwards: Annotated[bool, typer.Option("--run-backwards", help="Newest day first.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Run one job day by day over past dates; finished days are skipped.
+
+    Example: couponflow backfill clean_events --from-date 2017-10-01 --to-date 2017-10-07 --dry-run
+    """
+    with _errors_as_exit_codes():
+        settings = _load(config, overrides)
+        dates = DateRange(parse_day(from_date), parse_day(to_date) + timedelta(days=1))
+        planned = pipeline.plan_backfill(settings, name, dates, reprocess_behavior, run_backwards)
+        console.show_rows(
+            f"Backfill of {name}",
+            ["day", "action", "why"],
+            [[str(d.dates), d.action, d.why] for d in planned],
+        )
+        if dry_run:
+            return
+        for day in planned:
+            if day.action == "run":
+                _run_job(name, settings, day.dates, "", "")
+
+
+@app.command()
+def status(
+    config: ConfigPath = DEFAULT_CONFIG,
+    overrides: Overrides = None,
+    job: Annotated[str, typer.Option("--job", help="Only this job.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show the runs of this lake, oldest first, with the reason of each failure.
+
+    Example: couponflow status --job train
+    """
+    with _errors_as_exit_codes():
+        records = runs.load_all(_load(config, overrides).lake.root_uri, job or None)
+        if as_json:
+            console.show_json([record.__dict__ for record in records])
+            return
+        console.show_rows(
+            "Runs",
+            ["job", "dates", "arguments", "status", "seconds", "rows", "error"],
+            [
+                [
+                    record.job,
+                    record.dates,
+                    " ".join(record.arguments.values()),
+                    record.status,
+                    round(record.seconds, 1),
+                    json.dumps(record.rows),
+                    record.error,
+                ]
+                for record in records
+            ],
+        )
+
+
+@app.command()
+def check(
+    contract: Annotated[bool, typer.Option("--contract", help="Print the feeds' columns.")] = False,
+) -> None:
+    """Print the data contract of the raw feeds.
+
+    Example: couponflow check --contract
+    """
+    with _errors_as_exit_codes():
+        if not contract:
+            raise ConfigError("nothing to check; give --contract")
+        for feed in schemas.FEEDS.values():
+            cadence = "every day" if feed.daily else "when something changed"
+            console.show_rows(
+                f"{feed.name}: raw/{feed.name}/ingest_date=D/*.jsonl, {cadence}",
+                ["column", "type", "null", "meaning"],
+                [[c.name, c.type, "yes" if c.nullable else "no", c.comment] for c in feed.columns],
+            )
+
+
+@models_app.command("list")
+def list_models(
+    config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """List registered bundles, the champion marked.
+
+    Example: couponflow models list
+    """
+    with _errors_as_exit_codes():
+        from couponflow.training import registry
+
+        found = registry.list_bundles(_load(config, overrides).lake.root_uri)
+        if as_json:
+            console.show_json(found)
+            return
+        console.show_rows(
+            "Models",
+            ["version", "kind", "vocabulary", "champion"],
+            [
+                [b["model_version"], b["kind"], b["vocabulary_version"], "yes" if b["is_champion"] else ""]
+                for b in found
+            ],
+        )
+
+
+@models_app.command("show")
+def show_model(name: str, config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None) -> None:
+    """Print a bundle's manifest and metrics. NAME is a version, a kind or 'champion'.
+
+    Example: couponflow models show champion
+    """
+    with _errors_as_exit_codes():
+        from couponflow.training import registry
+
+        root_uri = _load(config, overrides).lake.root_uri
+        console.show_json(registry.describe(root_uri, registry.resolve(root_uri, name)))
+
+
+@models_app.command("promote")
+def promote(name: str, config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None) -> None:
+    """Make a bundle the champion: model, calibrator and vocabulary move together.
+
+    Example: couponflow models promote blend
+    """
+    with _errors_as_exit_codes():
+        from couponflow.training import registry
+
+        root_uri = _load(config, overrides).lake.root_uri
+        version = registry.resolve(root_uri, name)
+        registry.set_champion(root_uri, version)
+        typer.echo(f"champion is now {version}")
+
+
+@models_app.command("rollback")
+def rollback(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None) -> None:
+    """Make the previous champion the champion again.
+
+    Example: couponflow models rollback
+    """
+    with _errors_as_exit_codes():
+        from couponflow.training import registry
+
+        typer.echo(f"champion is now {registry.roll_back(_load(config, overrides).lake.root_uri)}")
+
+
+@campaign_app.command("approve")
+def approve(
+    campaign: Annotated[str, typer.Argument(help="Campaign id.")],
+    version: Annotated[str, typer.Argument(help="Audience version, as select_audience printed it.")],
+    by: Annotated[str, typer.Option("--by", help="Who approves.")],
+    config: ConfigPath = DEFAULT_CONFIG,
+    overrides: Overrides = None,
+) -> None:
+    """Approve one audience version for export.
+
+    Example: couponflow campaign approve 18 2017-10-30-dien-0123456789ab --by kim
+    """
+    with _errors_as_exit_codes():
+        from couponflow.campaign import export
+
+        export.approve(_load(config, overrides).lake.root_uri, campaign, version, by)
+        typer.echo(f"campaign {campaign} version {version} approved")
+
+
+@campaign_app.command("report")
+def report(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None) -> None:
+    """Write the HTML report of the config's campaign from the finished runs.
+
+    Example: couponflow campaign report --config deploy/env/local.toml
+    """
+    with _errors_as_exit_codes():
+        from couponflow.campaign import overview
+
+        settings = _load(config, overrides)
+        outcomes = pipeline.recorded(settings, pipeline.plan(settings))
+        typer.echo(overview.write_report(settings, outcomes, _LazySpark(settings)()))
+
+
+class _LazySpark:
+    """The one Spark session of the process, started when a stage first asks for it."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._session: Any = None
+
+    def __call__(self) -> Any:
+        if self._session is None:
+            from couponflow.lake import tables
+
+            self._session = tables.spark_session(self._config.spark, "couponflow")
+        return self._session
+
+    def peek(self) -> Any:
+        """The session, or None while nobody has asked for it."""
+        return self._session
+
+
+def _run_job(name: str, settings: Config, dates: DateRange, campaign: str, model: str) -> None:
+    if name not in pipeline.JOBS:
+        raise ConfigError(f"unknown job {name!r}; one of {', '.join(sorted(pipeline.JOBS))}")
+    job = importlib.import_module(f"jobs.{name}")
+    session = _LazySpark(settings)
+    with record_run(name, settings, dates, campaign, model) as record:
+        if name in pipeline.WITHOUT_SPARK:
+            job.run(record)
+        else:
+            job.run(session(), record)
+    console.show_rows(f"{name} {dates}", ["rows", "count"], [[key, n] for key, n in record.rows.items()])
+
+
+if __name__ == "__main__":
+    sys.exit(app())

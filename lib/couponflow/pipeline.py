@@ -1,0 +1,281 @@
+"""The stages of the whole job in order, and how a rerun skips what is finished.
+
+A stage's fingerprint covers its arguments, the config sections it reads, the code and, through the stages
+before it, everything upstream. A finished run record with that fingerprint, whose tables nobody has written
+since, means there is nothing to do: the stage is skipped and no table gets another copy.
+"""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from couponflow.config import Config
+from couponflow.dates import DateRange
+from couponflow.entry import Run, record_run
+from couponflow.errors import ConfigError
+from couponflow.lake import runs, storage
+
+#: Jobs that a command may start, and those among them that run without Spark.
+JOBS = (
+    "clean_events",
+    "clean_feeds",
+    "sessionize",
+    "attribute_conversions",
+    "build_vocabulary",
+    "build_examples",
+    "train",
+    "evaluate",
+    "score",
+    "select_audience",
+    "export_audience",
+    "monitor",
+)
+WITHOUT_SPARK = ("train", "evaluate")
+REPROCESS = ("none", "failed", "completed")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job over one range. ``writes`` are the tables that it alone writes in the pipeline."""
+
+    job: str
+    dates: DateRange
+    sections: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    campaign: str = ""
+    model: str = ""
+    uses_spark: bool = True
+
+    @property
+    def name(self) -> str:
+        """Unique inside a plan."""
+        target = f"campaign {self.campaign}" if self.campaign else ""
+        return " ".join(filter(None, [self.job, self.model, target]))
+
+
+@dataclass
+class Outcome:
+    """What became of one stage: its record, and whether it was skipped because nothing had changed."""
+
+    stage: Stage
+    record: runs.RunRecord
+    is_skipped: bool
+
+
+@dataclass
+class Progress:
+    """Where the execution tells what it is doing; the command line draws it."""
+
+    start: Callable[[int, int, Stage], None] = field(default=lambda done, total, stage: None)
+    end: Callable[[int, int, Outcome], None] = field(default=lambda done, total, outcome: None)
+    step: Callable[[str, int, int], None] = field(default=lambda what, done, total: None)
+
+
+def plan(config: Config) -> list[Stage]:
+    """The stages of the main job for the config's campaign, in an order that honours ``after``."""
+    run, examples = config.run, config.examples
+    data = DateRange(run.first_date, run.last_date + timedelta(days=1))
+    as_ofs = DateRange(run.first_as_of, data.end)
+    before_valid = DateRange(run.first_date, examples.valid_start)
+    fitting = DateRange(examples.train_start, examples.test_start)
+    judging = DateRange(examples.test_start, data.end)
+    day = DateRange.day(run.run_date)
+    campaign = run.campaign_id
+    scoring = f"build_examples campaign {campaign}"
+    models = tuple(f"train {kind}" for kind in ("logistic", "dien", "blend"))
+    fit = ("model", "training")
+    return [
+        Stage("land", data, ("lake", "source", "run"), uses_spark=False),
+        Stage("clean_events", data, ("lake", "events"), ("land",), ("events", "user_days")),
+        Stage(
+            "clean_feeds",
+            data,
+            ("lake", "events"),
+            ("land",),
+            ("orders", "sends", "campaigns", "redemptions", "consents", "users", "catalogue"),
+        ),
+        Stage("sessionize", data, ("lake", "sessions"), ("clean_events",), ("session_segments", "sessions")),
+        Stage("attribute_conversions", as_ofs, ("lake", "conversions"), ("clean_feeds",), ("conversions",)),
+        Stage("build_vocabulary", before_valid, ("lake", "vocabulary"), ("clean_events",), ("vocabularies",)),
+        Stage(
+            "build_examples",
+            as_ofs,
+            ("lake", "examples", "conversions"),
+            ("clean_events", "attribute_conversions", "build_vocabulary"),
+            ("training_examples",),
+        ),
+        Stage("train", fitting, fit, ("build_examples",), model="logistic", uses_spark=False),
+        Stage("train", fitting, fit, ("build_examples",), model="dien", uses_spark=False),
+        Stage("train", fitting, fit, models[:2], model="blend", uses_spark=False),
+        Stage("evaluate", judging, ("evaluation",), models, uses_spark=False),
+        Stage(
+            "build_examples",
+            day,
+            ("lake", "examples", "conversions"),
+            ("build_examples",),
+            ("scoring_examples", "histories"),
+            campaign,
+        ),
+        Stage("score", day, ("scoring",), (scoring, *models), ("predictions",), campaign),
+        Stage(
+            "select_audience",
+            day,
+            ("lake", "selection"),
+            (f"score campaign {campaign}", "clean_feeds"),
+            ("assignments", "audience"),
+            campaign,
+        ),
+        Stage("export_audience", day, ("export",), (f"select_audience campaign {campaign}",), (), campaign),
+        Stage(
+            "monitor",
+            day,
+            ("lake", "monitoring"),
+            (f"export_audience campaign {campaign}", "sessionize", "evaluate"),
+            ("verdicts",),
+            campaign,
+        ),
+    ]
+
+
+def execute(
+    config: Config, stages: list[Stage], spark: Callable[[], Any], progress: Progress
+) -> list[Outcome]:
+    """Run or skip each stage in order; the first failure ends the run, what was finished stays.
+
+    ``spark`` gives the one session of the process when a stage first needs it.
+    """
+    outcomes: dict[str, Outcome] = {}
+    for number, stage in enumerate(stages):
+        progress.start(number, len(stages), stage)
+        fingerprint = _fingerprint(config, stage, [outcomes[name] for name in stage.after])
+        record = finished(config.lake.root_uri, stage, fingerprint)
+        if record is not None:
+            outcome = Outcome(stage, record, True)
+        else:
+            with record_run(stage.job, config, stage.dates, stage.campaign, stage.model, fingerprint) as run:
+                _call(stage, run, spark, progress)
+                run.record.versions = versions(config.lake.root_uri, stage.writes)
+            outcome = Outcome(stage, run.record, False)
+        outcomes[stage.name] = outcome
+        progress.end(number + 1, len(stages), outcome)
+    return list(outcomes.values())
+
+
+def finished(root_uri: str, stage: Stage, fingerprint: str) -> runs.RunRecord | None:
+    """The stage's newest record, if it ended well under this fingerprint and its tables are untouched."""
+    same = [record for record in runs.load_all(root_uri, stage.job) if _is_of(record, stage)]
+    if not same or same[-1].status != "ok" or same[-1].fingerprint != fingerprint:
+        return None
+    return same[-1] if versions(root_uri, stage.writes) == same[-1].versions else None
+
+
+def recorded(config: Config, stages: list[Stage]) -> list[Outcome]:
+    """The newest successful record of each stage that has one, whatever its fingerprint."""
+    outcomes = []
+    for stage in stages:
+        same = [
+            r for r in runs.load_all(config.lake.root_uri, stage.job) if _is_of(r, stage) and r.status == "ok"
+        ]
+        outcomes += [Outcome(stage, same[-1], True)] if same else []
+    return outcomes
+
+
+@dataclass(frozen=True)
+class BackfillDay:
+    """One day of a backfill: ``action`` is run or skip."""
+
+    dates: DateRange
+    action: str
+    why: str
+
+
+def plan_backfill(
+    config: Config, job: str, dates: DateRange, reprocess: str = "none", run_backwards: bool = False
+) -> list[BackfillDay]:
+    """Each day of the range once, with whether it runs. A day is known by the newest run that covers it.
+
+    ``reprocess``: ``none`` runs days never run, ``failed`` also those whose newest run failed, ``completed``
+    all of them.
+
+    Raises:
+        ConfigError: unknown job or behaviour.
+    """
+    if job not in JOBS or reprocess not in REPROCESS:
+        raise ConfigError(
+            f"backfill of {job!r} with --reprocess-behavior {reprocess!r}: jobs are {', '.join(JOBS)}; "
+            f"behaviours are {', '.join(REPROCESS)}"
+        )
+    records = [record for record in runs.load_all(config.lake.root_uri, job) if not record.arguments]
+    planned = []
+    for day in dates.days():
+        covering = [record.status for record in records if day in DateRange.parse(record.dates)]
+        newest = covering[-1] if covering else "never run"
+        rerun = reprocess == "completed" or (reprocess == "failed" and newest != "ok") or not covering
+        planned.append(BackfillDay(DateRange.day(day), "run" if rerun else "skip", newest))
+    return planned[::-1] if run_backwards else planned
+
+
+def versions(root_uri: str, tables: tuple[str, ...]) -> dict[str, int]:
+    """Newest version of each existing table, read off its log without Spark."""
+    found = {}
+    for table in tables:
+        log = storage.list_names(storage.join(root_uri, "tables", table, "_delta_log"))
+        commits = [int(name.removesuffix(".json")) for name in log if name.endswith(".json")]
+        if commits:
+            found[table] = max(commits)
+    return found
+
+
+def content(root_uri: str, spark: Any) -> Iterator[tuple[str, int, int, str]]:
+    """Name, version, rows and content hash of every table that exists."""
+    from couponflow.lake import schemas, tables
+
+    for table in sorted(schemas.TABLES):
+        for name, version in versions(root_uri, (table,)).items():
+            frame = tables.read(spark, root_uri, name)
+            yield name, version, frame.count(), tables.content_hash(frame)
+
+
+def _is_of(record: runs.RunRecord, stage: Stage) -> bool:
+    arguments = {key: value for key, value in (("campaign", stage.campaign), ("model", stage.model)) if value}
+    return record.dates == str(stage.dates) and record.arguments == arguments
+
+
+def _fingerprint(config: Config, stage: Stage, upstream: list[Outcome]) -> str:
+    parts = {
+        "stage": [stage.job, str(stage.dates), stage.campaign, stage.model],
+        "config": config.fingerprint(*stage.sections),
+        "code": runs.code_version(),
+        "upstream": [[outcome.record.fingerprint, outcome.record.versions] for outcome in upstream],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _call(stage: Stage, run: Run, spark: Callable[[], Any], progress: Progress) -> None:
+    if stage.job == "land":
+        run.rows.update(land(run.config, progress.step))
+        return
+    try:
+        job = importlib.import_module(f"jobs.{stage.job}")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"job {stage.job} is not installed; use the wheel that carries jobs/") from error
+    if stage.uses_spark:
+        job.run(spark(), run)
+    else:
+        job.run(run)
+
+
+def land(config: Config, report: Callable[[str, int, int], None]) -> dict[str, int]:
+    """Land the configured source's raw feeds; returns rows per feed."""
+    if config.source.name == "completejourney":
+        from couponflow.sources import completejourney
+
+        return completejourney.land(config, report)
+    from couponflow.sources import synthetic
+
+    return synthetic.land(config, report)

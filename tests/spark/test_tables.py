@@ -1,0 +1,138 @@
+"""The door to Delta: a write replaces its range, all of it and nothing else."""
+
+import threading
+import time
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import D0, make_frame, make_row
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from couponflow import pipeline
+from couponflow.dates import DateRange
+from couponflow.errors import ConfigError, ConflictError, DataError
+from couponflow.lake import schemas, tables
+
+TWO_DAYS = DateRange(D0, D0 + timedelta(days=2))
+
+
+def order(order_id: str, day: int = 0, **over: Any) -> dict[str, Any]:
+    return make_row("orders", order_id=order_id, ingest_date=D0 + timedelta(days=day), **over)
+
+
+def ids(spark: SparkSession, root_uri: str, dates: DateRange | None = None) -> set[str]:
+    return {row.order_id for row in tables.read(spark, root_uri, "orders", dates).collect()}
+
+
+def test_overwrite_replaces_its_dates_all_and_only(spark: SparkSession, root_uri: str) -> None:
+    rows = [order("a"), order("b"), order("c", day=1)]
+    assert tables.overwrite(make_frame(spark, "orders", rows), root_uri, "orders", TWO_DAYS) == 3
+    before = tables.content_hash(tables.read(spark, root_uri, "orders"))
+
+    assert (
+        tables.overwrite(make_frame(spark, "orders", [order("d")]), root_uri, "orders", DateRange.day(D0))
+        == 1
+    )
+    assert ids(spark, root_uri) == {"d", "c"}
+    assert ids(spark, root_uri, DateRange.day(D0)) == {"d"}
+
+    empty = make_frame(spark, "orders", [])
+    assert (
+        tables.overwrite(empty, root_uri, "orders", DateRange.day(D0)) == 0
+    )  # an empty frame empties the range
+    assert ids(spark, root_uri) == {"c"}
+
+    back = make_frame(spark, "orders", [order("b"), order("a")]).repartition(2)
+    tables.overwrite(back, root_uri, "orders", DateRange.day(D0))
+    assert (
+        tables.content_hash(tables.read(spark, root_uri, "orders")) == before
+    )  # order and files do not matter
+    assert tables.read(spark, root_uri, "orders", version=1).count() == 3  # the old version stays readable
+    assert tables.version(spark, root_uri, "orders") == 4
+    assert pipeline.versions(root_uri, ("orders", "sends")) == {"orders": 4}
+
+
+def test_refused_writes_leave_the_table_as_it_was(spark: SparkSession, root_uri: str) -> None:
+    tables.overwrite(make_frame(spark, "orders", [order("a")]), root_uri, "orders", DateRange.day(D0))
+    good = make_frame(spark, "orders", [order("b")])
+    day = DateRange.day(D0)
+    with pytest.raises(DataError, match="outside range"):
+        tables.overwrite(make_frame(spark, "orders", [order("b", day=1)]), root_uri, "orders", day)
+    with pytest.raises(DataError, match="column total_amount of table orders is not among"):
+        tables.overwrite(good.drop("total_amount"), root_uri, "orders", day)
+    with pytest.raises(DataError, match="expected double, found string"):
+        tables.overwrite(good.withColumn("total_amount", F.lit("1")), root_uri, "orders", day)
+    with pytest.raises(DataError, match=r"orders\.user_id is null in range 2024-01-10"):
+        tables.overwrite(good.withColumn("user_id", F.lit(None).cast("string")), root_uri, "orders", day)
+    with pytest.raises(ConfigError, match="needs a date range"):
+        tables.overwrite(good, root_uri, "orders")
+    with pytest.raises(ConfigError, match="cannot name a range"):
+        tables.overwrite(good, root_uri, "orders", day, order_id="x' OR '1'='1")
+    assert ids(spark, root_uri) == {"a"}
+
+
+def test_reading_what_is_not_there(spark: SparkSession, root_uri: str) -> None:
+    with pytest.raises(DataError, match="table orders cannot be read"):
+        tables.read(spark, root_uri, "orders")
+    with pytest.raises(ConfigError, match="unknown table 'nonsense'"):
+        tables.read(spark, root_uri, "nonsense")
+
+
+def test_tables_are_created_as_declared(spark: SparkSession, root_uri: str, tmp_path: Path) -> None:
+    tables.overwrite(make_frame(spark, "sends", []), root_uri, "sends", DateRange.day(D0))
+    log = (tmp_path / "lake" / "tables" / "sends" / "_delta_log" / f"{0:020d}.json").read_text()
+    assert '"delta.enableDeletionVectors":"false"' in log
+    assert "pseudonymous user id" in log
+    assert '"delta.dataSkippingStatsColumns"' in log
+    assert "user_id" not in log.split('"delta.dataSkippingStatsColumns":"')[1].split('"')[0]
+
+
+def test_petastorm_files_come_from_the_snapshot(spark: SparkSession, root_uri: str) -> None:
+    rows = [make_row("training_examples", example_id=str(n), as_of_date=D0, split="train") for n in range(50)]
+    frame = make_frame(spark, "training_examples", rows).coalesce(1)
+    tables.overwrite(frame, root_uri, "training_examples", DateRange.day(D0), rows_per_file=8)
+    tables.overwrite(frame.limit(20), root_uri, "training_examples", DateRange.day(D0), rows_per_file=8)
+    files = tables.snapshot_files(tables.read(spark, root_uri, "training_examples"))
+    assert sorted(files.values()) == [4, 8, 8]  # dead files of the first write are not among them
+
+
+@pytest.mark.parametrize("same_day", [True, False])
+def test_racing_writers(spark: SparkSession, root_uri: str, tmp_path: Path, same_day: bool) -> None:
+    """Both writers hold their snapshot before either commits: each source waits for the other's marker."""
+    tables.overwrite(make_frame(spark, "orders", []), root_uri, "orders", DateRange.day(D0))
+    schema = tables.struct_type(schemas.TABLES["orders"].columns)
+    folder = str(tmp_path)
+    failures: list[Exception] = []  # of any kind: a thread must not fail unseen
+
+    def write(name: str, day: date) -> None:
+        def meet(batches: Any) -> Any:
+            Path(folder, f"{name}.here").touch()
+            deadline = time.monotonic() + 30
+            while len(list(Path(folder).glob("*.here"))) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            yield from batches
+
+        rows = [order(f"{name}{n}", day=(day - D0).days) for n in range(3)]
+        frame = make_frame(spark, "orders", rows).coalesce(1).mapInPandas(meet, schema)
+        try:
+            tables.overwrite(frame, root_uri, "orders", DateRange.day(day), name)
+        except Exception as error:
+            failures.append(error)
+
+    days = (D0, D0 if same_day else D0 + timedelta(days=1))
+    threads = [threading.Thread(target=write, args=(name, day)) for name, day in zip("xy", days, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = {name[0] for name in ids(spark, root_uri)}
+    if same_day:  # exactly one wins, the other is told so: never a mix
+        assert len(found) == 1
+        assert [type(error) for error in failures] == [ConflictError]
+        assert "run again" in str(failures[0])
+    else:
+        assert found == {"x", "y"}
+        assert not failures

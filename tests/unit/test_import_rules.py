@@ -1,0 +1,182 @@
+"""Imports point one way; each outside system has one door; nothing reaches pyspark and torch together."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+LIB = Path(__file__).parents[2] / "lib" / "couponflow"
+
+#: Layer of a module or folder: imports go to a strictly lower layer, or to a neighbour in the same folder.
+LAYERS = {
+    "errors": 0,
+    "dates": 1,
+    "config": 2,
+    "lake": 3,
+    "entry": 4,
+    "sources": 4,
+    "sequences": 4,
+    "models": 4,
+    "training": 5,
+    "campaign": 6,
+    "monitoring": 6,
+    "pipeline": 7,
+    "cli": 8,
+}
+
+#: Heavy packages that a module or folder may import at module level; anything else is refused there.
+AT_TOP = {
+    "config": {"pydantic"},
+    "entry": {"typer"},
+    "cli": {"typer", "rich", "pydantic"},
+    "lake.tables": {"pyspark", "delta", "py4j"},
+    "sources": {"numpy", "pandas", "pyarrow"},
+    "sequences": {"pyspark", "numpy", "pandas", "pyarrow"},
+    "models": {"torch", "numpy"},
+    "training": {"torch", "numpy", "pyarrow"},
+    "campaign": {"pyspark", "numpy", "pandas", "pyarrow"},
+    "monitoring": {"pyspark"},
+}
+
+#: Packages that only the named modules may import anywhere, inside functions too.
+DOORS = {
+    "delta": {"lake.tables"},
+    "google": {"lake.storage"},
+    "petastorm": {"training.feed"},
+    "gcsfs": {"training.feed"},
+    "horovod": {"training.launch"},
+    "tomllib": {"config"},
+}
+
+HEAVY = {
+    "pyspark",
+    "torch",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "delta",
+    "petastorm",
+    "horovod",
+    "sklearn",
+    "scipy",
+} | {
+    "matplotlib",
+    "jinja2",
+    "typer",
+    "rich",
+    "pydantic",
+    "google",
+    "gcsfs",
+    "py4j",
+}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(LIB).with_suffix("").parts)
+
+
+MODULES = {module_name(path): path for path in sorted(LIB.rglob("*.py")) if path.name != "__init__.py"}
+
+
+@cache
+def imports(name: str) -> tuple[tuple[str, bool, int], ...]:
+    """Each import of a module: dotted name, whether at module level, line."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}:{node.lineno}: relative import; write it in full"
+            if node.module == "couponflow" or f"{node.module}".removeprefix("couponflow.") in FOLDERS:
+                found += [
+                    (f"{node.module}.{alias.name}", id(node) in top, node.lineno) for alias in node.names
+                ]
+            else:
+                found.append((str(node.module), id(node) in top, node.lineno))
+    return tuple(found)
+
+
+FOLDERS = {name.split(".")[0] for name in MODULES if "." in name}
+
+
+def ours(name: str) -> list[tuple[str, bool, int]]:
+    inner = [
+        (i.removeprefix("couponflow."), top, line)
+        for i, top, line in imports(name)
+        if i.startswith("couponflow.")
+    ]
+    return [(i, top, line) for i, top, line in inner if i in MODULES]
+
+
+def layer(name: str) -> int:
+    return LAYERS[name.split(".")[0]]
+
+
+def permitted(table: dict[str, set[str]], name: str) -> set[str]:
+    return table.get(name, table.get(name.split(".")[0], set()))
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {name.split(".")[0] for name in MODULES} <= set(LAYERS)
+
+
+def test_imports_go_down() -> None:
+    wrong = [
+        f"{name}:{line} imports {other}"
+        for name in MODULES
+        for other, _, line in ours(name)
+        if not (layer(other) < layer(name) or ("." in name and name.split(".")[0] == other.split(".")[0]))
+    ]
+    assert not wrong, wrong
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        for other, _, _ in ours(name):
+            visit(other, (*path, name))
+
+    for name in MODULES:
+        visit(name, ())
+
+
+def test_the_library_never_imports_jobs() -> None:
+    wrong = [
+        f"{name}:{line}" for name in MODULES for i, _, line in imports(name) if i.split(".")[0] == "jobs"
+    ]
+    assert not wrong, wrong
+
+
+def test_heavy_packages_only_where_the_table_allows() -> None:
+    wrong = [
+        f"{name}:{line} imports {i} at module level"
+        for name in MODULES
+        for i, top, line in imports(name)
+        if top and i.split(".")[0] in HEAVY and i.split(".")[0] not in permitted(AT_TOP, name)
+    ]
+    assert not wrong, wrong
+
+
+def test_each_outside_system_has_one_door() -> None:
+    wrong = [
+        f"{name}:{line} imports {i}"
+        for name in MODULES
+        for i, _, line in imports(name)
+        if i.split(".")[0] in DOORS and name not in DOORS[i.split(".")[0]]
+    ]
+    assert not wrong, wrong
+
+
+def reached_at_import(name: str) -> set[str]:
+    heavy = {i.split(".")[0] for i, top, _ in imports(name) if top and i.split(".")[0] in HEAVY}
+    return heavy.union(*(reached_at_import(other) for other, top, _ in ours(name) if top))
+
+
+def test_nothing_reaches_pyspark_and_torch_together() -> None:
+    both = [name for name in MODULES if {"pyspark", "torch"} <= reached_at_import(name)]
+    assert not both, both
+
+
+def test_the_command_line_starts_light() -> None:
+    assert reached_at_import("cli") <= {"pydantic", "typer", "rich"}

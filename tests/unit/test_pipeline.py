@@ -1,0 +1,122 @@
+"""The plan of the main job, skipping by fingerprint, and backfill plans. No Spark: small jobs stand in."""
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import test_config
+
+from couponflow import pipeline
+from couponflow.config import Config
+from couponflow.dates import DateRange
+from couponflow.entry import record_run
+from couponflow.errors import ConfigError, DataError
+from couponflow.lake import storage
+
+DAY = DateRange.parse("2024-01-10")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two jobs: ``clean_events`` writes a commit to table events, ``sessionize`` reads it."""
+    made: list[str] = []
+
+    def writer(spark: Any, run: Any) -> None:
+        made.append("clean_events")
+        commits = storage.list_names(storage.join(run.root_uri, "tables", "events", "_delta_log"))
+        commit(run.config, len(commits))
+
+    def reader(spark: Any, run: Any) -> None:
+        made.append("sessionize")
+
+    for name, function in (("clean_events", writer), ("sessionize", reader)):
+        module = types.ModuleType(f"jobs.{name}")
+        module.run = function  # type: ignore[attr-defined]  # a job module in miniature
+        monkeypatch.setitem(sys.modules, f"jobs.{name}", module)
+    return made
+
+
+def commit(config: Config, number: int) -> None:
+    uri = storage.join(config.lake.root_uri, "tables", "events", "_delta_log", f"{number:020d}.json")
+    storage.create(uri, json.dumps({"n": number}).encode(), "r")
+
+
+def stages() -> list[pipeline.Stage]:
+    return [
+        pipeline.Stage("clean_events", DAY, ("events",), (), ("events",)),
+        pipeline.Stage("sessionize", DAY, ("sessions",), ("clean_events",)),
+    ]
+
+
+def execute(config: Config) -> list[bool]:
+    outcomes = pipeline.execute(config, stages(), lambda: None, pipeline.Progress())
+    return [outcome.is_skipped for outcome in outcomes]
+
+
+def test_a_second_run_skips_and_writes_nothing(config: Config, calls: list[str]) -> None:
+    assert execute(config) == [False, False]
+    before = sorted(Path(config.lake.root_uri).rglob("*"))
+    assert execute(config) == [True, True]
+    assert sorted(Path(config.lake.root_uri).rglob("*")) == before
+    assert calls == ["clean_events", "sessionize"]
+
+
+def test_a_changed_section_reruns_its_stage_only(config: Config, calls: list[str], tmp_path: Path) -> None:
+    execute(config)
+    assert execute(test_config(tmp_path, "sessions.gap_minutes=20")) == [True, False]
+    assert execute(test_config(tmp_path, "training.seed=7")) == [True, False]  # the newest run was another
+
+
+def test_a_table_written_by_others_reruns_it_and_what_follows(config: Config, calls: list[str]) -> None:
+    execute(config)
+    commit(config, 1)
+    assert execute(config) == [False, False]
+
+
+def test_a_failed_stage_runs_again(config: Config, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(spark: Any, run: Any) -> None:
+        raise DataError("broken; mend it")
+
+    broken = types.ModuleType("jobs.sessionize")
+    broken.run = fail  # type: ignore[attr-defined]  # a job module in miniature
+    good = sys.modules["jobs.sessionize"]
+    monkeypatch.setitem(sys.modules, "jobs.sessionize", broken)
+    with pytest.raises(DataError):
+        execute(config)
+    monkeypatch.setitem(sys.modules, "jobs.sessionize", good)
+    assert execute(config) == [True, False]
+
+
+def test_the_plan_is_in_order_and_every_job_exists(config: Config) -> None:
+    planned = pipeline.plan(config)
+    names = [stage.name for stage in planned]
+    assert len(set(names)) == len(names)
+    for number, stage in enumerate(planned):
+        assert set(stage.after) <= set(names[:number]), stage.name
+    assert {stage.job for stage in planned} - {"land"} == set(pipeline.JOBS)
+    written = [table for stage in planned for table in stage.writes]
+    assert len(set(written)) == len(written)
+    jobs = Path(__file__).parents[2] / "jobs"
+    assert {path.stem for path in jobs.glob("*.py")} - {"__init__"} == set(pipeline.JOBS)
+
+
+def test_backfill_covers_each_day_once(config: Config) -> None:
+    with record_run("sessionize", config, DateRange.parse("2024-01-02:2024-01-03")):
+        pass
+    with pytest.raises(DataError), record_run("sessionize", config, DateRange.parse("2024-01-03")):
+        raise DataError("broken; mend it")
+    dates = DateRange.parse("2024-01-01:2024-01-04")
+
+    def actions(**options: Any) -> dict[str, str]:
+        days = pipeline.plan_backfill(config, "sessionize", dates, **options)
+        return {str(day.dates.start)[-2:]: day.action for day in days}
+
+    assert actions() == {"01": "run", "02": "skip", "03": "skip", "04": "run"}
+    assert actions(reprocess="failed") == {"01": "run", "02": "skip", "03": "run", "04": "run"}
+    assert actions(reprocess="completed") == {"01": "run", "02": "run", "03": "run", "04": "run"}
+    assert list(actions(run_backwards=True)) == ["04", "03", "02", "01"]
+    with pytest.raises(ConfigError, match="jobs are"):
+        pipeline.plan_backfill(config, "nonsense", dates)

@@ -1,0 +1,68 @@
+"""Objects on local disk: created once, pointers moved against what was read."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from couponflow.errors import ConfigError, ConflictError, DataError
+from couponflow.lake import storage
+
+
+def test_create_once(tmp_path: Path) -> None:
+    uri = str(tmp_path / "a" / "b.json")
+    storage.create(uri, b"one", "r1")
+    storage.create(uri, b"one", "r2")  # the same content again is no conflict
+    with pytest.raises(ConflictError, match="another run"):
+        storage.create(uri, b"two", "r2")
+    assert storage.read_bytes(uri) == b"one"
+    assert storage.list_names(str(tmp_path / "a")) == ["b.json"]  # no temporary file stays
+
+
+def test_twenty_racing_writers_have_one_winner(tmp_path: Path) -> None:
+    uri = str(tmp_path / "race.json")
+    gate = threading.Barrier(20)
+    won: list[int] = []
+
+    def write(number: int) -> None:
+        gate.wait()
+        try:
+            storage.create(uri, f"writer {number}".encode(), str(number))
+        except ConflictError:
+            return
+        won.append(number)
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert storage.read_bytes(uri) == f"writer {won[0]}".encode()
+
+
+def test_a_pointer_moves_only_from_what_was_read(tmp_path: Path) -> None:
+    uri = str(tmp_path / "pointer.json")
+    storage.replace(uri, b"v1", expected=None)
+    with pytest.raises(ConflictError, match="changed meanwhile"):
+        storage.replace(uri, b"v2", expected=None)
+    storage.replace(uri, b"v2", expected=b"v1")
+    assert storage.read_bytes(uri) == b"v2"
+
+
+def test_missing_objects_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.json does not exist"):
+        storage.read_bytes(str(tmp_path / "gone.json"))
+    assert storage.list_names(str(tmp_path / "nowhere")) == []
+
+
+@pytest.mark.parametrize("part", ["..", "a/../b", "%2e%2e", "/etc/passwd", "a\nb"])
+def test_paths_stay_below_their_root(part: str) -> None:
+    with pytest.raises(ConfigError, match="leaves"):
+        storage.join("gs://bucket/lake", part)
+
+
+def test_uris() -> None:
+    assert storage.join("gs://b/x/", "runs", "a.json") == "gs://b/x/runs/a.json"
+    assert storage.spark_uri("gs://b/x") == "gs://b/x"
+    assert storage.spark_uri("var").startswith("/")
