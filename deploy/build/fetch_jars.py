@@ -36,9 +36,8 @@ def main() -> None:
     for name, pin in PINS.items():
         found = next(iter(sorted((cache / "jars").glob(f"*{name}"))), None)
         if found is None:
-            sys.exit(
-                f"{name} was not resolved into {cache}; is the Maven repository reachable?\n{done.stderr[-2000:]}"
-            )
+            reason = done.stderr[-2000:]
+            sys.exit(f"{name} was not resolved into {cache}; is the Maven repository reachable?\n{reason}")
         digest = hashlib.sha256(found.read_bytes()).hexdigest()
         if digest != pin:
             sys.exit(

@@ -16,7 +16,7 @@ from couponflow.config import Config, load_config
 from couponflow.dates import DateRange, parse_day
 from couponflow.entry import Campaign, ConfigPath, Dates, Model, Overrides, record_run, set_up_logging
 from couponflow.errors import ConfigError, CouponflowError
-from couponflow.lake import runs, schemas
+from couponflow.lake import runs, schemas, storage
 
 DEFAULT_CONFIG = Path("deploy/env/local.toml")
 
@@ -33,6 +33,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(campaign_app, name="campaign")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; kept with the pointer.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")]
 
 
@@ -62,12 +63,10 @@ def run(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, dry_ru
         if dry_run:
             console.show_plan(stages)
             return
-        from couponflow.campaign import overview
-
         session = _LazySpark(settings)
         with console.RunDisplay(session.peek) as progress:
             outcomes = pipeline.execute(settings, stages, session, progress)
-        overview.finish(settings, outcomes, session(), console.show_rows)
+        _show_run(settings, outcomes, session())
 
 
 @app.command()
@@ -206,18 +205,15 @@ def list_models(
     with _errors_as_exit_codes():
         from couponflow.training import registry
 
-        found = registry.list_bundles(_load(config, overrides).lake.root_uri)
+        root_uri = _load(config, overrides).lake.root_uri
+        pointer = registry.pointed(root_uri, registry.CHAMPION)
+        champion = pointer["model_version"] if pointer else ""
+        found = [{"version": v, "is_champion": v == champion} for v in registry.versions(root_uri)]
         if as_json:
             console.show_json(found)
             return
-        console.show_rows(
-            "Models",
-            ["version", "kind", "vocabulary", "champion"],
-            [
-                [b["model_version"], b["kind"], b["vocabulary_version"], "yes" if b["is_champion"] else ""]
-                for b in found
-            ],
-        )
+        rows = [[b["version"], "champion" if b["is_champion"] else ""] for b in found]
+        console.show_rows("Models", ["version", ""], rows)
 
 
 @models_app.command("show")
@@ -230,53 +226,59 @@ def show_model(name: str, config: ConfigPath = DEFAULT_CONFIG, overrides: Overri
         from couponflow.training import registry
 
         root_uri = _load(config, overrides).lake.root_uri
-        console.show_json(registry.describe(root_uri, registry.resolve(root_uri, name)))
+        folder = storage.join(root_uri, "models", registry.resolve(root_uri, name))
+        files = {
+            name: storage.read_bytes(storage.join(folder, name)) for name in ("manifest.json", "metrics.json")
+        }
+        console.show_json({name: json.loads(content) for name, content in files.items()})
 
 
 @models_app.command("promote")
-def promote(name: str, config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None) -> None:
+def promote(
+    name: str, reason: Reason, config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None
+) -> None:
     """Make a bundle the champion: model, calibrator and vocabulary move together.
 
-    Example: couponflow models promote blend
+    Example: couponflow models promote blend --reason "gate of 2017-12-31"
     """
     with _errors_as_exit_codes():
         from couponflow.training import registry
 
         root_uri = _load(config, overrides).lake.root_uri
-        version = registry.resolve(root_uri, name)
-        registry.set_champion(root_uri, version)
+        version = registry.set_champion(root_uri, name, "command line", reason)
         typer.echo(f"champion is now {version}")
 
 
 @models_app.command("rollback")
-def rollback(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None) -> None:
+def rollback(reason: Reason, config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None) -> None:
     """Make the previous champion the champion again.
 
-    Example: couponflow models rollback
+    Example: couponflow models rollback --reason "calibration drifted"
     """
     with _errors_as_exit_codes():
         from couponflow.training import registry
 
-        typer.echo(f"champion is now {registry.roll_back(_load(config, overrides).lake.root_uri)}")
+        root_uri = _load(config, overrides).lake.root_uri
+        typer.echo(f"champion is now {registry.roll_back(root_uri, 'command line', reason)}")
 
 
 @campaign_app.command("approve")
 def approve(
-    campaign: Annotated[str, typer.Argument(help="Campaign id.")],
-    version: Annotated[str, typer.Argument(help="Audience version, as select_audience printed it.")],
+    campaign: Campaign,
+    version: Annotated[str, typer.Option("--version", help="Audience version, as the selection printed it.")],
     by: Annotated[str, typer.Option("--by", help="Who approves.")],
     config: ConfigPath = DEFAULT_CONFIG,
     overrides: Overrides = None,
 ) -> None:
     """Approve one audience version for export.
 
-    Example: couponflow campaign approve 18 2017-10-30-dien-0123456789ab --by kim
+    Example: couponflow campaign approve --campaign 18 --version 2017-10-30-dien-0123456789ab --by kim
     """
     with _errors_as_exit_codes():
         from couponflow.campaign import export
 
         export.approve(_load(config, overrides).lake.root_uri, campaign, version, by)
-        typer.echo(f"campaign {campaign} version {version} approved")
+        typer.echo(f"campaign {campaign}, version {version}: approved")
 
 
 @campaign_app.command("report")
@@ -286,11 +288,9 @@ def report(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None) -> 
     Example: couponflow campaign report --config deploy/env/local.toml
     """
     with _errors_as_exit_codes():
-        from couponflow.campaign import overview
-
         settings = _load(config, overrides)
         outcomes = pipeline.recorded(settings, pipeline.plan(settings))
-        typer.echo(overview.write_report(settings, outcomes, _LazySpark(settings)()))
+        typer.echo(_write_report(settings, outcomes, _LazySpark(settings)()))
 
 
 class _LazySpark:
@@ -310,6 +310,31 @@ class _LazySpark:
     def peek(self) -> Any:
         """The session, or None while nobody has asked for it."""
         return self._session
+
+
+def _show_run(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) -> None:
+    from couponflow.campaign import overview
+
+    overview.show_results(settings, _by_stage(outcomes), console.show_rows)
+    console.show_rows(
+        "Table contents",
+        ["table", "version", "rows", "content hash"],
+        [list(row) for row in pipeline.content(settings.lake.root_uri, spark)],
+    )
+    skipped = sum(outcome.is_skipped for outcome in outcomes)
+    typer.echo(f"{len(outcomes)} stages, {skipped} skipped because nothing had changed")
+    typer.echo(f"report: {_write_report(settings, outcomes, spark)}")
+
+
+def _write_report(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) -> str:
+    from couponflow.campaign import overview
+
+    skipped = {outcome.stage.name for outcome in outcomes if outcome.is_skipped}
+    return overview.write_report(settings, _by_stage(outcomes), skipped, spark)
+
+
+def _by_stage(outcomes: list[pipeline.Outcome]) -> dict[str, runs.RunRecord]:
+    return {outcome.stage.name: outcome.record for outcome in outcomes}
 
 
 def _run_job(name: str, settings: Config, dates: DateRange, campaign: str, model: str) -> None:

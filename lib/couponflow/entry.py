@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,17 @@ class Run:
     def run_id(self) -> str:
         """Id of this run."""
         return self.record.run_id
+
+    @property
+    def run_date(self) -> date:
+        """The one business day of a job that prepares a campaign.
+
+        Raises:
+            ConfigError: the dates are a range.
+        """
+        if len(self.dates) != 1:
+            raise ConfigError(f"--dates {self.dates}: a campaign is prepared on one run date; give one day")
+        return self.dates.start
 
     @property
     def rows(self) -> dict[str, int]:

@@ -20,7 +20,8 @@ LAYERS = {
     "campaign": 6,
     "monitoring": 6,
     "pipeline": 7,
-    "cli": 8,
+    "console": 8,
+    "cli": 9,
 }
 
 #: Heavy packages that a module or folder may import at module level; anything else is refused there.
@@ -28,10 +29,11 @@ AT_TOP = {
     "config": {"pydantic"},
     "entry": {"typer"},
     "cli": {"typer", "rich", "pydantic"},
+    "console": {"rich"},
     "lake.tables": {"pyspark", "delta", "py4j"},
     "sources": {"numpy", "pandas", "pyarrow"},
     "sequences": {"pyspark", "numpy", "pandas", "pyarrow"},
-    "models": {"torch", "numpy"},
+    "models": {"torch", "numpy", "pydantic"},
     "training": {"torch", "numpy", "pyarrow"},
     "campaign": {"pyspark", "numpy", "pandas", "pyarrow"},
     "monitoring": {"pyspark"},

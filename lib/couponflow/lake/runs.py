@@ -52,7 +52,9 @@ def code_version() -> str:
     package = Path(couponflow.__file__).parent
     digest = hashlib.sha256()
     for folder in (package, package.parent.parent / "jobs", package.parent / "jobs"):
-        for path in sorted(folder.rglob("*.py")) if folder.is_dir() else ():
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            if path.suffix not in (".py", ".j2"):
+                continue
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -96,6 +96,13 @@ def read(
     return frame if dates is None else frame.where(in_range(_date_column(declared), dates))
 
 
+def read_or_empty(spark: SparkSession, root_uri: str, table: str) -> DataFrame:
+    """Read all rows of a table that may not exist yet, such as the ledger before the first campaign."""
+    if version(spark, root_uri, table) is None:
+        return spark.createDataFrame([], struct_type(_declared(table).columns))
+    return read(spark, root_uri, table)
+
+
 def in_range(column: str, dates: DateRange) -> Any:
     """Condition ``start <= column < end``."""
     return (F.col(column) >= F.lit(dates.start)) & (F.col(column) < F.lit(dates.end))

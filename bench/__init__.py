@@ -1,0 +1,1 @@
+"""One file per speed claim; each measures a ratio against a named rival in the same run."""

@@ -1,0 +1,261 @@
+"""The hand-over, exactly once: a list file, then its manifest. No manifest, no list.
+
+``<target>/<campaign>/<version>/audience.csv`` and ``manifest.json`` are each created once and never replaced.
+Both are pure functions of the version, so a run that dies between them is simply run again, and two runs at
+once agree. A mail system reads a list only after its manifest. Ids only: the address is joined there.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from couponflow.campaign import assignment, eligibility
+from couponflow.config import SelectionConfig
+from couponflow.errors import ConfigError, ConflictError, DataError
+from couponflow.lake import runs, storage
+
+EXPORT_SCHEMA_VERSION = 1
+COLUMNS = ("user_id", "campaign_id", "version", "coupon_id", "rank")
+FILE, MANIFEST = "audience.csv", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Handover:
+    """Which version goes where, and the run that does it."""
+
+    root_uri: str
+    target_uri: str
+    campaign_id: str
+    version: str
+    run_date: date
+    run_id: str
+
+    @property
+    def folder(self) -> str:
+        """Where list and manifest of this version lie."""
+        return storage.join(self.target_uri, self.campaign_id, self.version)
+
+    def note(self, kind: str) -> str:
+        """Object on the lake that a person's ``approvals`` or ``recalls`` command has left."""
+        return storage.join(self.root_uri, kind, self.campaign_id, f"{self.version}.json")
+
+
+@dataclass(frozen=True)
+class Recipients:
+    """The rows of a list, in the order of choice, and how many of the audience have withdrawn since."""
+
+    rows: Sequence[tuple[str, str, str, str | None, int]]
+    num_withdrawn: int
+
+
+def export_audience(
+    handover: Handover,
+    audience: DataFrame,
+    assignments: DataFrame,
+    consents: DataFrame,
+    users: DataFrame,
+    section: SelectionConfig,
+    auto_approve: bool,
+) -> dict[str, Any]:
+    """Hand a version over unless that is done already; returns the export facts.
+
+    The frames are the whole tables, read lazily. Consent is checked again with the snapshot of the run date
+    as it is now; who has withdrawn is dropped and counted as ``num_withdrawn``.
+
+    Raises:
+        ConfigError: not approved, or recalled.
+        DataError: consent is missing, stale or too small, the tables disagree, or a list was tampered with.
+        ConflictError: another version of this run date was handed over.
+    """
+    check_approval(handover, auto_approve)
+    done = finished(handover)
+    if done is not None:
+        return done
+    check_only_version(handover)
+    of_version = (F.col("campaign_id") == handover.campaign_id) & (F.col("version") == handover.version)
+    ledger = assignments.where(of_version)
+    decided_by = ledger.agg(F.min("run_id")).collect()[0][0]
+    if decided_by is None:
+        raise DataError(
+            f"table assignments, campaign {handover.campaign_id}: no rows of version {handover.version}; "
+            "run select_audience again"
+        )
+    master = eligibility.user_master(users, handover.run_date)
+    consent, _ = eligibility.consent_status(consents, master, handover.run_date, section)
+    return hand_over(handover, recipients(audience.where(of_version), ledger, consent), str(decided_by))
+
+
+def decided_version(root_uri: str, campaign_id: str, dates: str) -> str:
+    """The version that the newest successful selection of a campaign and day has written.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = [
+        record.facts["version"]
+        for record in runs.load_all(root_uri, "select_audience")
+        if record.status == "ok" and record.dates == dates and record.facts.get("campaign_id") == campaign_id
+    ]
+    if not found:
+        raise DataError(f"campaign {campaign_id}, {dates}: nothing selected; run select_audience first")
+    return str(found[-1])
+
+
+def is_final(handover: Handover) -> bool:
+    """Whether a version is approved or handed over, so that its rows may not change."""
+    return storage.exists(handover.note("approvals")) or storage.exists(
+        storage.join(handover.folder, MANIFEST)
+    )
+
+
+def check_approval(handover: Handover, auto_approve: bool) -> None:
+    """Refuse a version that nobody has approved, or that was recalled.
+
+    Raises:
+        ConfigError: no approval, or a recall.
+    """
+    name = f"campaign {handover.campaign_id}, version {handover.version}"
+    if storage.exists(handover.note("recalls")):
+        raise ConfigError(f"{name}: recalled; select again under other rules for a new version")
+    if not auto_approve and not storage.exists(handover.note("approvals")):
+        raise ConfigError(
+            f"{name}: not approved; look at it, then run `couponflow campaign approve "
+            f"--campaign {handover.campaign_id} --version {handover.version}`"
+        )
+
+
+def finished(handover: Handover) -> dict[str, Any] | None:
+    """The facts of a hand-over that is complete, after checking file against manifest; else None.
+
+    Raises:
+        DataError: the list differs from its manifest.
+    """
+    uri = storage.join(handover.folder, MANIFEST)
+    if not storage.exists(uri):
+        return None
+    manifest = json.loads(storage.read_bytes(uri))
+    content = storage.read_bytes(storage.join(handover.folder, str(manifest["file"])))
+    num_rows = content.count(b"\n") - 1  # the header
+    if storage.sha256(content) != manifest["sha256"] or num_rows != manifest["num_recipients"]:
+        raise DataError(
+            f"{handover.folder}: the list has {num_rows} rows and another checksum than its manifest "
+            f"({manifest['num_recipients']} rows); someone has changed it, stop the mailing and recall it"
+        )
+    return _facts(handover, manifest, already_exported=True)
+
+
+def recipients(audience: DataFrame, ledger: DataFrame, consent: DataFrame) -> Recipients:
+    """The users of a version who may still be mailed, by rank.
+
+    Inputs: ``audience`` and ``ledger`` rows of the one version; ``consent`` of
+    ``eligibility.consent_status``. A user who is not granted any more, or has no record, is left out and
+    counted. The list is the deliverable, so it meets on the driver, streamed by partition.
+
+    Raises:
+        DataError: a user of the audience is not in the ledger as mailed (holdout, control, unknown), an id
+            looks like a mail address, or the ledger mails someone whom the audience lacks.
+    """
+    arms = ledger.select("user_id", "arm").distinct()
+    may_mail = consent.where(F.col("consent_reason").isNull()).select(
+        "user_id", F.lit(True).alias("may_mail")
+    )
+    joined = (
+        audience.join(arms, "user_id", "full")
+        .where(F.col("rank").isNotNull() | (F.col("arm") == assignment.TREAT))
+        .join(may_mail, "user_id", "left")
+        .select("user_id", "campaign_id", "version", "coupon_id", "rank", "arm", "may_mail")
+        .orderBy("rank", "user_id")
+    )
+    rows, num_withdrawn, previous = [], 0, ""
+    for row in joined.toLocalIterator():
+        if row["arm"] != assignment.TREAT or row["rank"] is None:
+            raise DataError(
+                f"audience and ledger disagree: a user with arm {row['arm']} and rank {row['rank']}; "
+                "nothing handed over, run select_audience again"
+            )
+        if "@" in row["user_id"] or "@" in (row["coupon_id"] or ""):
+            raise DataError("audience: an id holds '@'; mail addresses must not enter, nothing handed over")
+        if row["user_id"] == previous:
+            raise DataError("audience: a user stands in it twice; run select_audience again")
+        previous = row["user_id"]
+        if row["may_mail"]:
+            rows.append(tuple(row[name] for name in COLUMNS))
+        else:
+            num_withdrawn += 1
+    return Recipients(rows, num_withdrawn)
+
+
+def render(rows: Iterable[Sequence[Any]]) -> bytes:
+    """The list as CSV: header, one line per recipient, ``\\n`` line ends, an absent coupon is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def hand_over(handover: Handover, found: Recipients, decided_by: str) -> dict[str, Any]:
+    """Create the list, then the manifest; returns the facts.
+
+    ``decided_by`` is the run that selected the version; the manifest holds nothing that differs between two
+    hand-overs of one version.
+
+    Raises:
+        ConflictError: this version was written with other content.
+    """
+    content = render(found.rows)
+    manifest = {
+        "schema_version": EXPORT_SCHEMA_VERSION,
+        "campaign_id": handover.campaign_id,
+        "version": handover.version,
+        "run_date": handover.run_date.isoformat(),
+        "run_id": decided_by,
+        "file": FILE,
+        "columns": list(COLUMNS),
+        "num_recipients": len(found.rows),
+        "num_withdrawn": found.num_withdrawn,
+        "sha256": storage.sha256(content),
+    }
+    text = json.dumps(manifest, indent=1, sort_keys=True).encode()
+    storage.create(storage.join(handover.folder, FILE), content, handover.run_id)
+    storage.create(storage.join(handover.folder, MANIFEST), text, handover.run_id)
+    return _facts(handover, manifest, already_exported=False)
+
+
+def check_only_version(handover: Handover) -> None:
+    """Refuse a second version of a campaign for one run date: it would mail the same users again.
+
+    Raises:
+        ConflictError: there is one.
+    """
+    place = storage.join(handover.target_uri, handover.campaign_id)
+    for version in storage.list_names(place):
+        uri = storage.join(place, version, MANIFEST)
+        if version == handover.version or not storage.exists(uri):
+            continue
+        if json.loads(storage.read_bytes(uri))["run_date"] == handover.run_date.isoformat():
+            raise ConflictError(
+                f"campaign {handover.campaign_id}, {handover.run_date}: version {version} was handed over "
+                f"already, {handover.version} would mail its users again; prepare it for another run date"
+            )
+
+
+def _facts(handover: Handover, manifest: dict[str, Any], already_exported: bool) -> dict[str, Any]:
+    return {
+        "campaign_id": handover.campaign_id,
+        "version": handover.version,
+        "folder": handover.folder,
+        "file": storage.join(handover.folder, str(manifest["file"])),
+        "manifest": storage.join(handover.folder, MANIFEST),
+        "num_recipients": manifest["num_recipients"],
+        "num_withdrawn": manifest["num_withdrawn"],
+        "sha256": manifest["sha256"],
+        "already_exported": already_exported,
+    }

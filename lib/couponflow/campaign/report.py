@@ -1,0 +1,541 @@
+"""One self-contained HTML file per campaign: who gets the mail and why, how good the model is, what ran.
+
+The report computes no result: it shows the records that select, export, evaluate, score and monitor wrote,
+and checks that they agree with each other. What disagrees is listed at the top. No script, no request to
+another place, no user id. Equal inputs give equal bytes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from couponflow.campaign import charts
+from couponflow.lake import storage
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+Facts = Mapping[str, Any]
+
+KINDS = {  # label, what it is, colour class, dash pattern
+    "logistic": ("Logistic regression", "on aggregates", "c2", "7 4"),
+    "dien": ("DIEN", "sequences and aggregates", "c1", ""),
+    "blend": ("Blend", "of DIEN and logistic regression", "c3", "2 4"),
+}
+MILESTONES = {"user_master", "eligible", "would_select", "mailed"}  # waterfall lines that exclude nobody
+LOWER_IS_BETTER = {"log_loss", "normalised_entropy", "ece", "brier"}
+METRICS = {
+    "auc": "AUC",
+    "gauc": "grouped AUC",
+    "pr_auc": "PR-AUC",
+    "log_loss": "log loss",
+    "ece": "calibration error",
+}
+OBJECTIVES = {
+    "expected_profit": "The list was chosen for the highest expected profit inside the budget.",
+    "top_k": "The list holds the users who are most likely to convert.",
+    "threshold": "The list holds everyone above the probability threshold.",
+}
+CONSTRAINTS = {
+    "budget": ("The budget limits the list", "one more {unit} of budget"),
+    "max_recipients": ("The upper bound of recipients limits the list", "one more recipient"),
+    "value": ("No limit binds: everyone worth a mail was selected", ""),
+    "none": ("No limit binds: all eligible users were selected", ""),
+}
+DASH = "\u2013"  # shown for a missing value
+RATIO_BAND = (0.9, 1.1)  # predicted over observed conversions; outside, a budget built on them is off
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """Everything a report shows, as plain dicts read from run records; each part may be empty.
+
+    ``evaluation`` is the evaluation record, ``selection`` and ``export`` are the facts of those jobs,
+    ``score`` has model_version, kind, num_users, cold_start_users, users_per_second, mean_probability.
+    ``score_histogram`` has edges (n + 1), counts (n) and selected_counts (n). ``stages``, ``conservation``
+    and ``verdicts`` are lists of rows; ``has_randomised_control`` says whether past sends had one.
+    """
+
+    campaign: Facts = field(default_factory=dict)
+    selection: Facts = field(default_factory=dict)
+    export: Facts = field(default_factory=dict)
+    score: Facts = field(default_factory=dict)
+    score_histogram: Facts = field(default_factory=dict)
+    evaluation: Facts = field(default_factory=dict)
+    stages: Sequence[Facts] = ()
+    conservation: Sequence[Facts] = ()
+    verdicts: Sequence[Facts] = ()
+    table_versions: Mapping[str, int] = field(default_factory=dict)
+    run_id: str = ""
+    config_fingerprint: str = ""
+    code_version: str = ""
+    data_note: str = ""
+    notes: Sequence[str] = ()
+    has_randomised_control: bool = False
+    currency: str = "USD"
+    time_zone: str = "UTC"
+
+
+def render(inputs: ReportInputs) -> str:
+    """The whole page as HTML text; every value is escaped, missing parts become notices."""
+    return _template().render(_context(inputs)).strip() + "\n"
+
+
+def write(root_or_path: str, html: str, run_id: str) -> str:
+    """Write the page and return its URI.
+
+    A lake root gets ``reports/<run_id>.html``, written once; a path that ends in ``.html`` is replaced.
+
+    Raises:
+        ConflictError: the run's report exists with other content, or the file changed meanwhile.
+        InfraError: the store refused the write.
+    """
+    content = html.encode()
+    if root_or_path.endswith(".html"):
+        found = storage.read_bytes(root_or_path) if storage.exists(root_or_path) else None
+        storage.replace(root_or_path, content, found)
+        return root_or_path
+    uri = storage.join(root_or_path, "reports", f"{run_id}.html")
+    storage.create(uri, content, run_id)
+    return uri
+
+
+def waterfall_problems(selection: Facts) -> list[str]:
+    """What does not add up between user master, exclusions, control and mailed users; empty if all does."""
+    steps = selection.get("waterfall") or []
+    if not steps:
+        return []
+    problems = []
+    users = selection.get("num_users")
+    started = _count(steps[0], "remaining") + _count(steps[0], "excluded")
+    if users is not None and started != users:
+        problems.append(
+            f"The waterfall starts with {number(started)} users, the user master has {number(users)}."
+        )
+    for before, step in pairwise(steps):
+        wanted = _count(before, "remaining") - _count(step, "excluded")
+        if wanted != _count(step, "remaining"):
+            problems.append(
+                f"Step “{step.get('label') or step.get('reason')}” says {number(step.get('remaining'))} "
+                f"users remain; {number(before.get('remaining'))} less {number(step.get('excluded'))} "
+                f"is {number(wanted)}."
+            )
+    mailed = selection.get("mailed_users")
+    if mailed is not None and _count(steps[-1], "remaining") != mailed:
+        problems.append(
+            f"The waterfall ends with {number(steps[-1].get('remaining'))} users, "
+            f"the audience has {number(mailed)}."
+        )
+    for arm in ("control", "holdout"):
+        withheld = sum(_count(step, "excluded") for step in steps if step.get("reason") == arm)
+        told = selection.get(f"{arm}_users")
+        if told is not None and withheld != told:
+            problems.append(
+                f"The waterfall withholds {number(withheld)} users as {arm}, the ledger says {number(told)}."
+            )
+    return problems
+
+
+def number(value: Any) -> str:
+    """Count with thousands separators; a fraction keeps one digit; a missing value is a dash."""
+    if not charts.is_number(value):
+        return DASH if value is None or isinstance(value, float) else str(value)
+    text = f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:,.1f}"
+    return text.replace("-", charts.MINUS)
+
+
+def percent(value: Any, digits: int | None = None) -> str:
+    """Share as a percentage: one digit below 10%, none above."""
+    if not charts.is_number(value):
+        return DASH
+    places = digits if digits is not None else (1 if abs(value) < 0.0995 and value else 0)
+    return f"{value * 100:,.{places}f}%".replace("-", charts.MINUS)
+
+
+def decimal(value: Any, digits: int = 3, is_signed: bool = False) -> str:
+    """Fixed number of digits, for metrics; ``is_signed`` shows a plus too."""
+    if not charts.is_number(value):
+        return DASH
+    text = f"{value:+,.{digits}f}" if is_signed else f"{value:,.{digits}f}"
+    return text.replace("-", charts.MINUS)
+
+
+def money(value: Any, currency: str) -> str:
+    """Amount with the currency's code in front."""
+    return f"{currency}\u00a0{value:,.2f}".replace("-", charts.MINUS) if charts.is_number(value) else DASH
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as people say them."""
+    if not charts.is_number(seconds):
+        return DASH
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
+
+
+@cache
+def _template() -> "Template":
+    from jinja2 import Environment, StrictUndefined, pass_context
+    from jinja2.runtime import Context
+
+    @pass_context
+    def in_currency(context: Context, amount: Any) -> str:
+        return money(amount, context["inputs"].currency)
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        num=number,
+        pct=percent,
+        dec=decimal,
+        signed=lambda value: decimal(value, is_signed=True),
+        dur=duration,
+        money=in_currency,
+    )
+    source = resources.files("couponflow.campaign").joinpath("report.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(source)
+
+
+def _count(row: Facts, name: str) -> int:
+    value = row.get(name)
+    return int(value) if charts.is_number(value) else 0
+
+
+def _pair(values: Any) -> tuple[float, float] | None:
+    if isinstance(values, list | tuple) and len(values) == 2 and all(charts.is_number(v) for v in values):
+        return float(values[0]), float(values[1])
+    return None
+
+
+def _context(inputs: ReportInputs) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    models = _models(inputs)
+    gate = _gate(inputs, models)
+    waterfall = waterfall_problems(inputs.selection)
+    conservation = [_door(row) for row in inputs.conservation]
+    verdicts = sorted(inputs.verdicts, key=lambda row: row.get("verdict") == "ok")  # stable: problems first
+    used = next((model for model in models if model["is_used"]), None)
+    comparisons = _comparisons(inputs, models)
+    bars = _histogram_rows(inputs.score_histogram)
+    learned = [
+        (*_style(kind), (record or {}).get("epochs") or [])
+        for kind, record in sorted((inputs.evaluation.get("training") or {}).items())
+    ]
+    made = charts.draw_all(models, used, comparisons, bars, learned)
+    context = {
+        "inputs": inputs,
+        "selection": inputs.selection,
+        "evaluation": inputs.evaluation,
+        "steps": _steps(inputs.selection),
+        "waterfall_problems": waterfall,
+        "constraint": _constraint(inputs),
+        "objective": OBJECTIVES.get(inputs.selection.get("objective", ""), ""),
+        "models": models,
+        "used": used,
+        "gate": gate,
+        "comparisons": comparisons,
+        "conservation": conservation,
+        "verdicts": verdicts,
+        "stages": _stages(inputs.stages),
+        "total_seconds": sum(
+            s["seconds"] for s in inputs.stages if charts.is_number(s.get("seconds")) and not s.get("skipped")
+        ),
+        "charts": {name: Markup(svg) for name, svg in made.items()},  # charts escape every text they show
+        "histogram": bars,
+        "gain_rows": _gain_rows(used),
+        "gain_legend": [(m["label"], m["colour"], m["dash"]) for m in models if m["gain_curve"]],
+    }
+    context["problems"] = _problems(inputs, waterfall, conservation, used)
+    context["chips"] = _chips(inputs, waterfall, conservation, gate)
+    return context
+
+
+def _steps(selection: Facts) -> list[dict[str, Any]]:
+    rows = selection.get("waterfall") or []
+    whole = max([1, *(_count(row, "remaining") + _count(row, "excluded") for row in rows)])
+    return [
+        {
+            "label": row.get("label") or row.get("reason", ""),
+            "reason": row.get("reason", ""),
+            "excluded": _count(row, "excluded"),
+            "remaining": _count(row, "remaining"),
+            "kept_width": f"{100 * max(0, _count(row, 'remaining')) / whole:.2f}",
+            "lost_width": f"{100 * max(0, _count(row, 'excluded')) / whole:.2f}",
+            "is_milestone": row.get("reason") in MILESTONES or index in (0, len(rows) - 1),
+            "is_last": index == len(rows) - 1,
+        }
+        for index, row in enumerate(rows)
+    ]
+
+
+def _constraint(inputs: ReportInputs) -> str:
+    name = inputs.selection.get("binding_constraint") or "none"
+    text, unit = CONSTRAINTS.get(
+        name, (f"The limit that binds is “{str(name).replace('_', ' ')}”", "one more unit of it")
+    )
+    price = inputs.selection.get("shadow_price")
+    if unit and charts.is_number(price) and price:
+        gain = money(price, inputs.currency)
+        return f"{text}: {unit.format(unit=inputs.currency)} would add about {gain} of expected profit."
+    return f"{text}."
+
+
+def _models(inputs: ReportInputs) -> list[dict[str, Any]]:
+    records: Mapping[str, Facts] = inputs.evaluation.get("models") or {}
+    scored = inputs.selection.get("model_version") or inputs.score.get("model_version")
+    rows = []
+    for kind in sorted(records):
+        record = records[kind]
+        label, colour, dash = _style(kind)
+        metrics = record.get("metrics") or {}
+        intervals = record.get("intervals") or {}
+        is_used = record.get("model_version") == scored if scored else kind == inputs.score.get("kind")
+        rows.append(
+            {
+                "kind": kind,
+                "label": label,
+                "about": KINDS[kind][1] if kind in KINDS else "",
+                "colour": colour,
+                "dash": dash,
+                "version": record.get("model_version", ""),
+                "is_used": is_used,
+                "metrics": metrics,
+                "lift": metrics.get("lift") or {},
+                "captured": metrics.get("captured") or {},
+                "intervals": {name: _pair(values) for name, values in intervals.items()},
+                "reliability": record.get("reliability") or [],
+                "reliability_uncalibrated": record.get("reliability_uncalibrated") or [],
+                "gain_curve": record.get("gain_curve") or [],
+                "by_campaign": record.get("by_campaign") or {},
+            }
+        )
+    return sorted(rows, key=lambda row: (-_sortable(row["metrics"].get("auc")), row["kind"]))
+
+
+def _style(kind: str) -> tuple[str, str, str]:
+    """Label, colour class and dash pattern of a kind of model."""
+    if kind in KINDS:
+        label, _, colour, dash = KINDS[kind]
+        return label, colour, dash
+    return kind.replace("_", " "), "c4", "9 3 2 3"
+
+
+def _sortable(value: Any) -> float:
+    return float(value) if charts.is_number(value) else -math.inf
+
+
+def _gate(inputs: ReportInputs, models: Sequence[Facts]) -> dict[str, Any] | None:
+    gate = inputs.evaluation.get("gate") or {}
+    if not gate:
+        return None
+    champion, challenger = (_find(models, gate.get(side)) for side in ("champion", "challenger"))
+    is_promoted = gate.get("decision") == "promote"
+    choice, other = (challenger, champion) if is_promoted else (champion, challenger)
+    used = next((model for model in models if model["is_used"]), None)
+    sides = {champion["kind"], challenger["kind"]}
+    tested: Facts = next(
+        (
+            row
+            for row in inputs.evaluation.get("comparisons") or []
+            if {_find(models, row.get(side))["kind"] for side in ("champion", "challenger")} == sides
+        ),
+        {},
+    )
+    return {
+        "is_promoted": is_promoted,
+        "choice": choice["label"],
+        "other": other["label"] if gate.get("challenger") else "",
+        "reasons": [_reason(text) for text in gate.get("reasons") or []],
+        "metric": METRICS.get(tested.get("metric", ""), tested.get("metric", "")),
+        "detectable": tested.get("minimum_detectable"),
+        "used_label": used["label"] if used else None,
+        "is_used_choice": used is not None and used["kind"] == choice["kind"],
+    }
+
+
+def _reason(text: str) -> tuple[str, str]:
+    """Mark and text of a gate's reason, which starts with ``holds:`` or ``fails:``."""
+    state, _, rest = str(text).partition(": ")
+    marks = {"holds": "✓", "fails": "✗"}
+    return (marks[state], rest) if state in marks else ("", str(text))
+
+
+def _find(models: Sequence[Facts], name: Any) -> Facts:
+    """The model of a kind or version; an unknown one keeps its name."""
+    for model in models:
+        if name in (model["kind"], model["version"]):
+            return model
+    label, colour, _ = _style(str(name or "none"))
+    return {"kind": name, "label": label, "colour": colour}
+
+
+def _comparisons(inputs: ReportInputs, models: Sequence[Facts]) -> list[dict[str, Any]]:
+    rows = []
+    for record in inputs.evaluation.get("comparisons") or []:
+        challenger, champion = (_find(models, record.get(side)) for side in ("challenger", "champion"))
+        metric, interval = record.get("metric", "auc"), _pair(record.get("interval"))
+        smallest, difference = record.get("minimum_detectable"), record.get("difference")
+        name = METRICS.get(metric, metric)
+        verdict = "No interval, so nothing is claimed."
+        if interval:
+            sign = -1 if metric in LOWER_IS_BETTER else 1
+            low, high = sorted((sign * interval[0], sign * interval[1]))
+            if low > 0:
+                verdict = f"{challenger['label']} is better: the whole interval is in its favour."
+            elif high < 0:
+                verdict = f"{challenger['label']} is worse: the whole interval is against it."
+            else:
+                verdict = "No difference is shown: the interval includes zero."
+        if charts.is_number(smallest):
+            verdict += f" A true difference below about {decimal(smallest)} would easily go unseen."
+        rows.append(
+            {
+                "name": f"{challenger['label']} {charts.MINUS} {champion['label']}",
+                "metric": name,
+                "difference": difference,
+                "interval": interval,
+                "detectable": smallest,
+                "verdict": verdict,
+                "colour": challenger["colour"],
+            }
+        )
+    return rows
+
+
+def _door(row: Facts) -> dict[str, Any]:
+    """A conservation row with what is unaccounted for: in less out, duplicates, refused and left out."""
+    parts = ("rows_out", "duplicates", "refused", "left_out")
+    gap = _count(row, "rows_in") - sum(_count(row, part) for part in parts)
+    shown = {name: row.get(name) for name in ("door", "rows_in", *parts, "note")}
+    return {**shown, "gap": gap, "is_balanced": bool(row.get("is_balanced")) and gap == 0}
+
+
+def _stages(stages: Sequence[Facts]) -> list[dict[str, Any]]:
+    longest = max([1e-9, *(s["seconds"] for s in stages if charts.is_number(s.get("seconds")))])
+    return [
+        {
+            **{name: stage.get(name) for name in ("job", "dates", "seconds", "status", "run_id")},
+            "skipped": bool(stage.get("skipped")),
+            "rows": sorted((stage.get("rows") or {}).items()),
+            "width": f"{100 * _sortable(stage.get('seconds', 0)) / longest:.2f}"
+            if charts.is_number(stage.get("seconds"))
+            else "0",
+        }
+        for stage in stages
+    ]
+
+
+def _problems(
+    inputs: ReportInputs, waterfall: Sequence[str], doors: Sequence[Facts], used: Facts | None
+) -> list[str]:
+    problems = list(waterfall)
+    selection, export = inputs.selection, inputs.export
+    cost, budget = selection.get("expected_cost_amount"), selection.get("budget_amount")
+    if charts.is_number(cost) and charts.is_number(budget) and cost > budget * (1 + 1e-9):
+        problems.append(
+            f"The expected cost {money(cost, inputs.currency)} is above the budget "
+            f"{money(budget, inputs.currency)}."
+        )
+    versions = {facts["model_version"] for facts in (selection, inputs.score) if facts.get("model_version")}
+    if len(versions) > 1:
+        problems.append(
+            f"The list was selected from the scores of {selection['model_version']}, "
+            f"the scores shown are from {inputs.score['model_version']}."
+        )
+    mailed, exported = selection.get("mailed_users"), export.get("num_recipients")
+    if export and mailed is not None and exported != mailed:
+        problems.append(
+            f"The exported file has {number(exported)} recipients, the audience {number(mailed)}; "
+            "only added seed addresses may explain that."
+        )
+    problems += [
+        f"Rows are missing at “{door['door']}”: {number(abs(door['gap']))} unaccounted for."
+        if door["gap"]
+        else f"“{door['door']}” is reported as not balanced."
+        for door in doors
+        if not door["is_balanced"]
+    ]
+    bad = [row for row in inputs.verdicts if row.get("verdict") != "ok"]
+    problems += [
+        f"Table {row.get('table_name')} is {row.get('verdict')}: {row.get('observed')}." for row in bad
+    ]
+    problems += [
+        f"Stage {stage.get('job')} ended with status {stage.get('status')}."
+        for stage in inputs.stages
+        if stage.get("status") not in ("ok", "skipped", None)
+    ]
+    ratio = used["metrics"].get("calibration_ratio") if used else None
+    if charts.is_number(ratio) and not RATIO_BAND[0] <= ratio <= RATIO_BAND[1]:
+        problems.append(
+            f"On the test campaigns the model predicted {decimal(ratio, 2)} times the conversions that came; "
+            "take the forecast with that factor in mind."
+        )
+    return problems
+
+
+def _chips(
+    inputs: ReportInputs, waterfall: Sequence[str], doors: Sequence[Facts], gate: Facts | None
+) -> list[dict[str, str]]:
+    """Status marks under the headline: ``tone`` is good, warn or info."""
+    selection, export, chips = inputs.selection, inputs.export, []
+
+    def chip(tone: str, text: str, anchor: str) -> None:
+        chips.append({"tone": tone, "text": text, "anchor": anchor})
+
+    if not export:
+        chip("warn", "Not exported", "decision")
+    else:
+        text = "Exported before, nothing sent again" if export.get("already_exported") else "Exported once"
+        chip("good", text, "record")
+    if selection.get("waterfall"):
+        chip(
+            *(("warn", "Waterfall does not add up") if waterfall else ("good", "Waterfall adds up")),
+            "decision",
+        )
+    if selection.get("consent_snapshot_date"):
+        source = selection.get("consent_source")
+        tone = "warn" if source == "constructed" else "good"
+        suffix = " (constructed)" if source == "constructed" else ""
+        chip(tone, f"Consent of {selection['consent_snapshot_date']}{suffix}", "notes")
+    elif selection:
+        chip("warn", "Consent snapshot unknown", "notes")
+    fresh = sum(row.get("verdict") == "ok" for row in inputs.verdicts)
+    if inputs.verdicts:
+        tone = "good" if fresh == len(inputs.verdicts) else "warn"
+        chip(tone, f"Data checks: {fresh} of {len(inputs.verdicts)} ok", "freshness")
+    else:
+        chip("info", "No data checks", "freshness")
+    if doors:
+        good = sum(door["is_balanced"] for door in doors)
+        chip(
+            "good" if good == len(doors) else "warn", f"Rows balance at {good} of {len(doors)} doors", "rows"
+        )
+    if gate is None:
+        chip("info", "Model not evaluated", "model")
+    else:
+        text = "Gate chose this model" if gate["is_used_choice"] else f"Gate would choose {gate['choice']}"
+        chip("good" if gate["is_used_choice"] else "warn", text, "model")
+    return chips
+
+
+def _histogram_rows(histogram: Facts) -> list[tuple[float, float, int, int]]:
+    edges, counts = histogram.get("edges") or [], histogram.get("counts") or []
+    chosen = histogram.get("selected_counts") or [0] * len(counts)
+    if not counts or len(edges) != len(counts) + 1 or len(chosen) != len(counts):
+        return []
+    return list(zip(edges[:-1], edges[1:], counts, chosen, strict=True))
+
+
+def _gain_rows(used: Facts | None) -> dict[str, Any] | None:
+    """The gain curve of the model in use, thinned to about twenty rows."""
+    if not used or not used["gain_curve"]:
+        return None
+    step = -(-len(used["gain_curve"]) // 21)
+    return {"label": used["label"], "points": used["gain_curve"][::step]}

@@ -1,0 +1,344 @@
+"""The budgeted choice: who gets the coupon, exactly within budget and list size, the same on every rerun.
+
+Each eligible user has options (here one: the pooled coupon), each with a value and a cost in integer
+micro-units of the currency, so that sums are exact whatever the order of rows. Options are taken in order of
+priority (value per cost, or probability), ties by ``assignment.tie_key`` and then ``user_id``, and the first
+that does not fit ends the list. With one option per user this is the greedy solution of the knapsack: it
+loses less than the value of that first option left out, and never takes a worse user over a better one.
+"""
+
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from couponflow.campaign import assignment, eligibility
+from couponflow.config import SelectionConfig
+from couponflow.errors import ConflictError, DataError
+from couponflow.lake import tables
+
+MICRO = 1_000_000
+_NANO = 1_000_000_000  # probabilities are summed in these units, so that sums are order-free
+
+#: Reason -> label, in waterfall order after ``eligibility.REASONS``: why an eligible user is not mailed.
+REASONS: dict[str, str] = {
+    "value": "Not worth a mail",
+    "max_recipients": "List size reached",
+    "budget": "Budget used up",
+    "holdout": "Withheld: global holdout",
+    "control": "Withheld: campaign control",
+    "selected": "Mailed",
+}
+#: Per octave, 177 buckets: fine enough that a bucket holds a small share of the users.
+_BUCKETS_PER_E = 256
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is being decided, and by which rules."""
+
+    campaign_id: str
+    version: str
+    run_date: date
+    model_version: str
+    section: SelectionConfig
+
+    @classmethod
+    def of(
+        cls, campaign_id: str, run_date: date, model_version: str, section: SelectionConfig, rules: str
+    ) -> "Decision":
+        """The decision of a day; ``rules`` is the fingerprint of ``section``: other rules, other version."""
+        version = f"{run_date}-{model_version}-{rules[:6]}"
+        return cls(campaign_id, version, run_date, model_version, section)
+
+
+def micro(amount: float) -> int:
+    """An amount of the config in micro-units."""
+    return round(amount * MICRO)
+
+
+def with_option(users: DataFrame, campaign_id: str, section: SelectionConfig) -> DataFrame:
+    """Add the one coupon option of each user: mail with the pooled coupon, against no mail.
+
+    Grain: one row per ``user_id``, as given; ``conversion_probability`` p is null where unknown.
+    Adds: ``coupon_id`` (null = pooled), ``cost_micro`` = mail + p * discount, ``value_micro`` =
+        p * (margin - discount) - mail, ``priority`` double, ``tie`` text.
+    Priority: value per cost for expected_profit (infinite where the cost is 0), else p.
+    """
+    probability = F.coalesce(F.col("conversion_probability"), F.lit(0.0))
+    mail, discount = micro(section.mail_cost_amount), micro(section.discount_amount)
+    gain = micro(section.margin_amount) - discount
+    priced = (
+        users.withColumn("coupon_id", F.lit(None).cast("string"))
+        .withColumn("cost_micro", _times(probability, discount) + F.lit(mail).cast("bigint"))
+        .withColumn("value_micro", _times(probability, gain) - F.lit(mail).cast("bigint"))
+    )
+    ratio = F.when(F.col("cost_micro") == 0, F.lit(float("inf"))).otherwise(
+        F.col("value_micro").cast("double") / F.col("cost_micro").cast("double")
+    )
+    priority = ratio if section.objective == "expected_profit" else probability
+    return priced.withColumn("priority", priority).withColumn(
+        "tie", assignment.tie_key_column(campaign_id, F.col("user_id"))
+    )
+
+
+def select_users(options: DataFrame, section: SelectionConfig) -> DataFrame:
+    """Take options in order until list size or budget is reached.
+
+    Grain: one row per ``user_id``, as given; needs the columns of ``with_option`` and ``reason`` (null =
+    eligible). Adds: ``rank`` (order of choice from 1; null outside the candidates), ``would_select``; fills
+    ``reason`` of eligible users: value (no candidate), max_recipients, budget or selected.
+    Candidates: positive value for expected_profit, p >= min_probability for threshold, else all eligible.
+    Order: (priority desc, tie, user_id), total; a pure function of the rows, not of their partitions.
+    Cost: a histogram of priority gives each bucket the count and cost before it; the exact running sums
+    are taken inside the buckets, in parallel. Only the histogram (some thousand rows) meets in one task.
+    """
+    is_candidate = F.col("reason").isNull() & _is_candidate(section)
+    marked = options.withColumn("is_candidate", is_candidate).withColumn("bucket", _bucket(F.col("priority")))
+    candidates = marked.where("is_candidate")
+    before = Window.orderBy(F.desc("bucket")).rowsBetween(Window.unboundedPreceding, -1)
+    histogram = candidates.groupBy("bucket").agg(
+        F.count(F.lit(1)).alias("num_users"), F.sum("cost_micro").alias("bucket_cost")
+    )
+    offsets = histogram.select(
+        "bucket",
+        F.coalesce(F.sum("num_users").over(before), F.lit(0)).alias("num_before"),
+        F.coalesce(F.sum("bucket_cost").over(before), F.lit(0)).alias("cost_before"),
+    )
+    inside = Window.partitionBy("bucket").orderBy(F.desc("priority"), "tie", "user_id")
+    so_far = inside.rowsBetween(Window.unboundedPreceding, Window.currentRow)
+    ranked = (
+        candidates.select("user_id", "bucket", "priority", "tie", "cost_micro")
+        .withColumn("rank", F.row_number().over(inside))
+        .withColumn("running_micro", F.sum("cost_micro").over(so_far))
+        .join(F.broadcast(offsets), "bucket")
+        .select(
+            "user_id",
+            (F.col("rank") + F.col("num_before")).alias("rank"),
+            (F.col("running_micro") + F.col("cost_before")).alias("running_micro"),
+        )
+    )
+    # Both grow along the order, so each condition holds for a prefix of it.
+    within_size = F.col("rank") <= section.max_recipients
+    within_budget = F.col("running_micro") <= micro(section.budget_amount)
+    outcome = (
+        F.when(F.col("reason").isNotNull(), F.col("reason"))
+        .when(~F.col("is_candidate"), "value")
+        .when(~within_size, "max_recipients")
+        .when(~within_budget, "budget")
+        .otherwise("selected")
+    )
+    return (
+        marked.join(ranked, "user_id", "left")
+        .withColumn("reason", outcome)
+        .withColumn("would_select", F.col("reason") == "selected")
+        .drop("is_candidate", "bucket", "running_micro")
+    )
+
+
+def with_decision(users: DataFrame, campaign_id: str, section: SelectionConfig) -> DataFrame:
+    """Options, choice and arms of users with a reason; see ``with_option``, ``select_users``, ``with_arm``.
+
+    A selected user who is withheld gets the arm's name as his ``reason``.
+    """
+    chosen = select_users(with_option(users, campaign_id, section), section)
+    dealt = assignment.with_arm(chosen, campaign_id, section)
+    is_withheld = F.col("arm").isin(assignment.HOLDOUT, assignment.CONTROL)
+    return dealt.withColumn("reason", F.when(is_withheld, F.col("arm")).otherwise(F.col("reason")))
+
+
+def summarise(decided: DataFrame, decision: Decision, snapshot: eligibility.Snapshot) -> dict[str, Any]:
+    """The facts of a selection: waterfall, forecast of the mailed users, binding constraint, shadow price.
+
+    Raises:
+        DataError: a user has no reason of the closed list, or the counts do not add up.
+    """
+    section = decision.section
+    sums = decided.groupBy("reason").agg(
+        F.count(F.lit(1)).alias("num_users"),
+        F.sum("cost_micro").alias("cost"),
+        F.sum("value_micro").alias("value"),
+        F.sum(_times(F.coalesce("conversion_probability", F.lit(0.0)), _NANO)).alias("conversions"),
+        F.min(F.when(F.col("rank").isNotNull(), F.struct("rank", "value_micro", "cost_micro"))).alias(
+            "first"
+        ),
+    )
+    rows = {str(row.reason): row for row in sums.collect()}
+    counts = {reason: int(row.num_users) for reason, row in rows.items()}
+    mailed = rows.get("selected")
+    constraint, price = _binding(rows)
+    selected = [rows[name] for name in ("selected", "control", "holdout") if name in rows]
+    return {
+        "campaign_id": decision.campaign_id,
+        "version": decision.version,
+        "run_date": decision.run_date.isoformat(),
+        "model_version": decision.model_version,
+        "objective": section.objective,
+        "num_users": sum(counts.values()),
+        "waterfall": waterfall(counts),
+        "budget_amount": section.budget_amount,
+        "expected_cost_amount": int(mailed.cost) / MICRO if mailed else 0.0,
+        "expected_conversions": int(mailed.conversions) / _NANO if mailed else 0.0,
+        "expected_profit_amount": int(mailed.value) / MICRO if mailed else 0.0,
+        "selected_cost_amount": sum(int(row.cost) for row in selected) / MICRO,
+        "binding_constraint": constraint,
+        "shadow_price": price,
+        "selected_users": sum(int(row.num_users) for row in selected),
+        "control_users": counts.get("control", 0),
+        "holdout_users": counts.get("holdout", 0),
+        "mailed_users": counts.get("selected", 0),
+        "consent_source": snapshot.source,
+        "consent_snapshot_date": snapshot.snapshot_date.isoformat(),
+    }
+
+
+def waterfall(counts: dict[str, int]) -> list[dict[str, Any]]:
+    """From the user master to the mailed users, one step per reason; adds up exactly.
+
+    Raises:
+        DataError: a reason outside the closed lists, or users without one.
+    """
+    unknown = set(counts) - set(eligibility.REASONS) - set(REASONS)
+    if unknown:
+        raise DataError(
+            f"waterfall: users with reason {sorted(unknown)[0]!r}, which is not in the closed list"
+        )
+    remaining = sum(counts.values())
+    steps = [{"reason": "user_master", "label": "User master", "excluded": 0, "remaining": remaining}]
+
+    def exclude(reason: str, label: str) -> None:
+        nonlocal remaining
+        remaining -= counts.get(reason, 0)
+        steps.append(
+            {"reason": reason, "label": label, "excluded": counts.get(reason, 0), "remaining": remaining}
+        )
+
+    def milestone(reason: str, label: str) -> None:
+        steps.append({"reason": reason, "label": label, "excluded": 0, "remaining": remaining})
+
+    for reason, label in eligibility.REASONS.items():
+        exclude(reason, label)
+    milestone("eligible", "Eligible")
+    for reason in ("value", "max_recipients", "budget"):
+        exclude(reason, REASONS[reason])
+    milestone("would_select", "Selected")
+    for reason in ("holdout", "control"):
+        exclude(reason, REASONS[reason])
+    milestone("mailed", REASONS["selected"])
+    if remaining != counts.get("selected", 0):
+        raise DataError(f"waterfall: {remaining} users remain, {counts.get('selected', 0)} are mailed")
+    return steps
+
+
+def ledger_rows(decided: DataFrame, decision: Decision, run_id: str) -> DataFrame:
+    """Rows of ``assignments``: every user of the master, mailed or not. Probability 0 where none is known."""
+    return decided.select(
+        F.lit(decision.campaign_id).alias("campaign_id"),
+        F.lit(decision.version).alias("version"),
+        "user_id",
+        F.lit(decision.run_date).alias("run_date"),
+        F.col("arm").isin(assignment.TREAT, assignment.CONTROL, assignment.HOLDOUT).alias("would_select"),
+        "arm",
+        "propensity",
+        "reason",
+        F.coalesce("conversion_probability", F.lit(0.0)).alias("conversion_probability"),
+        F.lit(run_id).alias("run_id"),
+        F.lit(None).cast("timestamp").alias("exposure_time"),
+    )
+
+
+def audience_rows(decided: DataFrame, decision: Decision) -> DataFrame:
+    """Rows of ``audience``: the users to mail and nobody else."""
+    return decided.where(F.col("arm") == assignment.TREAT).select(
+        F.lit(decision.campaign_id).alias("campaign_id"),
+        F.lit(decision.version).alias("version"),
+        "user_id",
+        "coupon_id",
+        "conversion_probability",
+        (F.col("value_micro").cast("double") / MICRO).alias("expected_value_amount"),
+        F.col("rank").cast("bigint").alias("rank"),
+    )
+
+
+def publish(
+    decided: DataFrame, root_uri: str, decision: Decision, run_id: str, is_final: bool
+) -> dict[str, int]:
+    """Write the ledger, then the audience of a version; returns the rows of each.
+
+    The ledger only grows: a rerun with the same content writes nothing and keeps what is known about
+    exposure. A version that is ``is_final`` (approved or handed over) cannot change any more.
+
+    Raises:
+        ConflictError: the rows of a final version would change.
+    """
+    frames = {
+        "assignments": ledger_rows(decided, decision, run_id),
+        "audience": audience_rows(decided, decision),
+    }
+    return {
+        table: _publish(rows, root_uri, table, decision, run_id, is_final) for table, rows in frames.items()
+    }
+
+
+def _publish(
+    rows: DataFrame, root_uri: str, table: str, decision: Decision, run_id: str, is_final: bool
+) -> int:
+    found = tables.read_or_empty(rows.sparkSession, root_uri, table).where(
+        (F.col("campaign_id") == decision.campaign_id) & (F.col("version") == decision.version)
+    )
+    content = [name for name in found.columns if name not in ("run_id", "exposure_time")]
+    num_found = found.count()
+    if num_found and tables.content_hash(found.select(*content)) == tables.content_hash(
+        rows.select(*content)
+    ):
+        return num_found
+    if num_found and is_final:
+        raise ConflictError(
+            f"table {table}, campaign {decision.campaign_id}, version {decision.version}: approved or handed "
+            "over, but its inputs have changed since; recall it, or decide under other rules"
+        )
+    return tables.overwrite(
+        rows, root_uri, table, run_id=run_id, campaign_id=decision.campaign_id, version=decision.version
+    )
+
+
+def _binding(rows: dict[str, Any]) -> tuple[str, float]:
+    """What ended the list, and the gain from one more unit of it, at the first user left out.
+
+    For the budget a unit is one of currency: value per cost. For the list size it is one recipient: value.
+    """
+    cut = {name: rows[name].first for name in ("max_recipients", "budget") if name in rows}
+    if cut:
+        name = min(cut, key=lambda reason: int(cut[reason]["rank"]))
+        first = cut[name]
+        if name == "budget":
+            return name, int(first["value_micro"]) / int(first["cost_micro"])
+        return name, int(first["value_micro"]) / MICRO
+    return ("value", 0.0) if "value" in rows else ("none", 0.0)
+
+
+def _is_candidate(section: SelectionConfig) -> Column:
+    match section.objective:
+        case "expected_profit":
+            return F.col("value_micro") > 0
+        case "threshold":
+            return F.col("conversion_probability") >= section.min_probability
+        case "top_k":
+            return F.lit(True)
+
+
+def _bucket(priority: Column) -> Column:
+    """A coarse number that never falls when the priority grows; all the choice needs of it."""
+    return (
+        F.when(priority == float("inf"), 1 << 30)
+        .when(priority <= 0.0, -(1 << 30))
+        .otherwise(F.floor(F.log(priority) * _BUCKETS_PER_E))
+        .cast("bigint")
+    )
+
+
+def _times(share: Column, amount: int) -> Column:
+    """``share * amount`` as a whole number, halves up; the same in every engine."""
+    return F.floor(share * F.lit(float(amount)) + 0.5).cast("bigint")

@@ -1,0 +1,216 @@
+"""DIEN: interest extraction by a GRU with an auxiliary loss, interest evolution by an attentional GRU.
+
+Legend: ``B`` rows, ``N`` real steps of the batch (packed), ``H`` hidden width, ``D`` width of a step's input,
+``E`` content part (item and category), ``V`` candidate, ``F`` wide features. Only real steps are computed.
+Source: arXiv 1809.03672; target sets, aggregates beside the sequence and the wide term are ours.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from couponflow.config import ModelConfig
+from couponflow.lake import schemas
+from couponflow.models.batch import Batch
+from couponflow.models.layers import (
+    AttentionScorer,
+    BatchNorm,
+    Dice,
+    DotScorer,
+    GapEmbedding,
+    GruCell,
+    MlpScorer,
+    Packing,
+    auxiliary_sum_count,
+    embed_set,
+    masked_mean,
+    masked_softmax,
+    packing,
+)
+
+# A run on a few thousand rows takes a few hundred steps: with the usual .01 its running statistics would
+# still be near their start when the first epochs are validated.
+_MOMENTUM = 0.1
+_EMBEDDING_SD = 0.05
+_LAST_GAIN = 0.1
+
+
+class Output(NamedTuple):
+    """What a forward pass returns; means are taken by the caller after summing over ranks.
+
+    ``logits`` float32 [B]; ``aux_sum`` scalar sum of auxiliary losses; ``aux_count`` scalar number of pairs.
+    """
+
+    logits: Tensor
+    aux_sum: Tensor
+    aux_count: Tensor
+
+
+class Dien(nn.Module):
+    """The network of one ``ModelConfig``.
+
+    Input of a step: item, category, shop, event type and gap bucket embeddings. Candidate: masked mean over
+    the members of the target of item, category and shop embeddings, shared with the history; an absent field
+    contributes zero. Cell ``gru`` ignores the candidate in the sequence and has no attention parameters.
+
+    Initialisation: embeddings N(0, .05) with row 0 zero, linear layers Xavier-uniform with zero bias, the
+    last layer a tenth of that, the linear term of the aggregates zero.
+    """
+
+    wide_mean: Tensor
+    wide_sd: Tensor
+
+    def __init__(self, config: ModelConfig, vocabulary_sizes: Mapping[str, int], num_wide: int) -> None:
+        """Build the network.
+
+        ``vocabulary_sizes`` is the number of ids per field of ``schemas.VOCABULARY_FIELDS``, PAD and OOV
+        included; ``num_wide`` the number of aggregates.
+        """
+        super().__init__()
+        self.config = config
+        sizes = {name: vocabulary_sizes[name] for name in schemas.VOCABULARY_FIELDS}
+        content, hidden = config.item_dim + config.category_dim, config.hidden_dim
+        candidate = content + config.shop_dim
+        step = candidate + config.type_dim + config.gap_dim
+
+        self.item = nn.Embedding(sizes["item"], config.item_dim, padding_idx=0)
+        self.category = nn.Embedding(sizes["category"], config.category_dim, padding_idx=0)
+        self.shop = nn.Embedding(sizes["shop"], config.shop_dim, padding_idx=0)
+        self.event_type = nn.Embedding(sizes["event_type"], config.type_dim, padding_idx=0)
+        self.gap = GapEmbedding(config.gap_dim)
+
+        self.extraction = GruCell(step, hidden, "gru")
+        self.auxiliary: MlpScorer | DotScorer | None = None
+        if config.auxiliary_weight > 0 and config.auxiliary_scorer == "mlp":
+            self.auxiliary = MlpScorer(hidden, content, config.auxiliary_dims)
+        elif config.auxiliary_weight > 0:
+            self.auxiliary = DotScorer(hidden, content)
+        self.query: nn.Sequential | None = None
+        self.attention: AttentionScorer | None = None
+        if config.cell != "gru":
+            self.query = nn.Sequential(nn.Linear(candidate, hidden), nn.PReLU())
+            self.attention = AttentionScorer(hidden, config.attention_dims)
+        self.evolution = GruCell(hidden, hidden, config.cell)
+        self.final_norm = nn.LayerNorm(hidden) if config.final_norm else nn.Identity()
+
+        self.project_interest = nn.Linear(hidden, candidate, bias=False)
+        self.project_mean = nn.Linear(step, candidate, bias=False)
+        self.register_buffer("wide_mean", torch.zeros(num_wide))
+        self.register_buffer("wide_sd", torch.ones(num_wide))
+        width = 3 * candidate + hidden + step + num_wide
+        self.head_norm = BatchNorm(width, momentum=_MOMENTUM)
+        layers: list[nn.Module] = []
+        for after in config.head_dims:
+            layers += [nn.Linear(width, after), Dice(after, momentum=_MOMENTUM), nn.Dropout(config.dropout)]
+            width = after
+        self.head = nn.Sequential(*layers)
+        self.last = nn.Linear(width, 1)
+        self.wide_linear = nn.Linear(num_wide, 1, bias=False) if config.wide_skip else None
+        self._initialise()
+
+    def forward(self, batch: Batch) -> Output:
+        """Logits of P(conversion given send), and the auxiliary loss while training.
+
+        A row's logit does not depend on padding or, in eval mode, on other rows. Empty histories, targets
+        without members and batches of zero or one row are legal; zero rows give zero sums with a gradient
+        path to every parameter. In eval mode the auxiliary sum and count are 0.
+        """
+        candidate = self._candidate(batch)
+        layout = packing(batch.length, batch.hist_item.shape[1])
+        content, steps = self._steps(batch, layout)
+        mean = masked_mean(layout.unpack(steps), batch.mask)
+        interest, aux_sum, aux_count = self._encode(batch, layout, candidate, content, steps)
+        wide = (batch.wide.to(self.wide_mean.dtype) - self.wide_mean) / self.wide_sd
+        features = [
+            candidate,
+            interest,
+            candidate * self.project_interest(interest),
+            mean,
+            candidate * self.project_mean(mean),
+            wide,
+        ]
+        logits = self.last(self.head(self.head_norm(torch.cat(features, dim=1))))[:, 0]
+        if self.wide_linear is not None:
+            logits = logits + self.wide_linear(wide)[:, 0]
+        return Output(logits if logits.dtype == torch.float64 else logits.float(), aux_sum, aux_count)
+
+    def set_wide_statistics(self, mean: Tensor, sd: Tensor) -> None:
+        """Store mean and standard deviation of the aggregates of the training rows; sd 0 counts as 1."""
+        with torch.no_grad():
+            self.wide_mean.copy_(mean)
+            self.wide_sd.copy_(torch.where(sd == 0, torch.ones_like(sd), sd))
+
+    def set_base_rate(self, rate: float) -> None:
+        """Start the last bias at the logit of the training base rate; 0 and 1 are moved inside."""
+        inside = min(max(rate, 1e-6), 1 - 1e-6)
+        nn.init.constant_(self.last.bias, math.log(inside / (1 - inside)))
+
+    def _candidate(self, batch: Batch) -> Tensor:
+        is_member = (batch.cand_item > 0) | (batch.cand_category > 0) | (batch.cand_shop > 0)
+        parts = [
+            embed_set(self.item, batch.cand_item),
+            embed_set(self.category, batch.cand_category),
+            embed_set(self.shop, batch.cand_shop),
+        ]
+        return torch.cat(parts, dim=1) / is_member.sum(1, keepdim=True).clamp_min(1)
+
+    def _steps(self, batch: Batch, layout: Packing) -> tuple[Tensor, Tensor]:
+        """Content part [N,E] and full input [N,D] of every real step."""
+        content = self._content(layout.pack(batch.hist_item), layout.pack(batch.hist_category))
+        parts = [
+            content,
+            self.shop(layout.pack(batch.hist_shop)),
+            self.event_type(layout.pack(batch.hist_type)),
+            self.gap(layout.pack(batch.hist_gap)),
+        ]
+        return content, torch.cat(parts, dim=1)
+
+    def _content(self, item: Tensor, category: Tensor) -> Tensor:
+        return torch.cat([self.item(item), self.category(category)], dim=-1)
+
+    def _encode(
+        self, batch: Batch, layout: Packing, candidate_BV: Tensor, content_NE: Tensor, steps_ND: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Interest [B,H], sum and number of auxiliary losses."""
+        states_NH = self.extraction(steps_ND, layout)
+        aux_sum, aux_count = (states_NH.new_zeros(()) for _ in range(2))
+        if self.training and self.auxiliary is not None:
+            aux_sum, aux_count = self._auxiliary(batch, layout, states_NH, content_NE)
+        attention_N: Tensor | None = None
+        if self.query is not None and self.attention is not None:
+            score_N = self.attention(self.query(candidate_BV), states_NH, layout.row)
+            attention_N = layout.pack(masked_softmax(layout.unpack(score_N), batch.mask))
+        evolved_NH = self.evolution(states_NH, layout, attention_N)
+        return cast(Tensor, self.final_norm(layout.final(evolved_NH))), aux_sum, aux_count
+
+    def _auxiliary(
+        self, batch: Batch, layout: Packing, states_NH: Tensor, content_NE: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert self.auxiliary is not None
+        drawn_BT = batch.mask & ((batch.neg_item > 0) | (batch.neg_category > 0))
+        return auxiliary_sum_count(
+            self.auxiliary,
+            layout.unpack(states_NH),
+            layout.unpack(content_NE),
+            self._content(batch.neg_item, batch.neg_category),
+            drawn_BT,
+        )
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=_EMBEDDING_SD)
+                if module.padding_idx is not None:
+                    module.weight[module.padding_idx].zero_()
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        # Training starts near the linear model of the aggregates: the deep part begins small.
+        nn.init.xavier_uniform_(self.last.weight, gain=_LAST_GAIN)
+        if self.wide_linear is not None:
+            nn.init.zeros_(self.wide_linear.weight)

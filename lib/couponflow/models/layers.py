@@ -1,0 +1,423 @@
+"""Building blocks of the networks: masked reductions, Dice, packed recurrent cells, scorers, auxiliary loss.
+
+Legend: ``B`` rows, ``T`` padded steps, ``N`` real steps of the batch (packed), ``H`` hidden width, ``D``
+input width, ``E`` width of the content part (item and category), ``G`` = 3H gate blocks in the order u, r, c.
+Nothing here depends on padding or, in eval mode, on the other rows of the batch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Cell = Literal["augru_paper", "augru_official", "agru", "aigru", "gru"]
+
+#: Lower edges in days of the gap buckets 1, 2, ...; bucket 0 is younger than a day. About a doubling each,
+#: with the weekly and monthly rhythms of shopping on an edge.
+GAP_EDGES_DAYS = (1.0, 2.0, 4.0, 7.0, 14.0, 28.0, 56.0, 91.0, 182.0)
+
+
+# ------------------------------------------------------------------------------------------ masked reductions
+def masked_softmax(score: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last axis where ``mask`` is true; masked places are exactly 0.
+
+    Shapes: ``score`` and ``mask`` alike, [..., T]. Empty: an all-masked row gives zeros.
+    Numerics: computed in float32 (float64 stays), filled with the lowest finite number, never -inf,
+        so half precision and empty rows give no NaN.
+
+    Three scores, the last one padding::
+
+        score [0 ln3 5]  mask [1 1 0]   ->  [.25 .75 0]
+    """
+    if score.shape[-1] == 0:
+        return score
+    wide = _at_least_float32(score)
+    z = wide.masked_fill(~mask, torch.finfo(wide.dtype).min)
+    e = torch.exp(z - z.amax(-1, keepdim=True)) * mask
+    return (e / e.sum(-1, keepdim=True).clamp_min(1e-30)).to(score.dtype)
+
+
+def masked_mean(value_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """Mean over the real steps of each row, [B,D]; a row without any gives zeros."""
+    wide = _at_least_float32(value_BTD).masked_fill(~mask_BT[..., None], 0.0)
+    count = mask_BT.sum(-1, keepdim=True).clamp_min(1)
+    return (wide.sum(-2) / count).to(value_BTD.dtype)
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float64 else value.float()
+
+
+# ---------------------------------------------------------------------------------- normalisation, activation
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of [B,C] that also takes batches of one and of zero rows while training.
+
+    One row has no variance and no rows have no mean: such a batch is normalised by the running statistics
+    and does not change them. Eval always uses the running ones, so a row scored alone = in a batch.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise [B,C]."""
+        if self.training and input.shape[0] > 1:
+            return super().forward(input)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
+class Dice(nn.Module):
+    """y = p x + alpha (1 - p) x with p = sigmoid of the normalised x; alpha starts at 0.
+
+    Train: batch statistics over valid positions only; eval: running ones (torch keeps the unbiased variance).
+    Source: DIN, arXiv 1706.06978, equation 3.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-8, momentum: float = 0.01) -> None:
+        """Activate ``width`` channels."""
+        super().__init__()
+        self.norm = BatchNorm(width, eps=eps, momentum=momentum, affine=False)
+        self.alpha = nn.Parameter(torch.zeros(width))
+
+    def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Activate [B,C], or [B,T,C] with ``mask`` [B,T]; padded positions come out as 0."""
+        if mask is None:
+            p = torch.sigmoid(self.norm(value))
+            return p * value + self.alpha * (1 - p) * value
+        return torch.zeros_like(value).index_put(tuple(mask.nonzero().unbind(1)), self(value[mask]))
+
+
+# ---------------------------------------------------------------------------------------------------- packing
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where the N real steps of a batch lie, time-major, longest row first.
+
+    ``row``, ``step`` [N] give row and step of each packed position; step t holds ``sizes[t]`` positions, and
+    the rows alive at t are the first ``sizes[t]`` of those alive at t-1. ``last`` is the packed position of
+    the last step of each non-empty row ``filled``. ``shape`` is (B, T).
+    """
+
+    row: Tensor
+    step: Tensor
+    sizes: tuple[int, ...]
+    last: Tensor
+    filled: Tensor
+    shape: tuple[int, int]
+
+    def pack(self, value_BT: Tensor) -> Tensor:
+        """Real positions of a [B,T,...] tensor, [N,...]."""
+        return value_BT[self.row, self.step]
+
+    def unpack(self, value_N: Tensor) -> Tensor:
+        """Back to [B,T,...], zeros on padding."""
+        padded = value_N.new_zeros(*self.shape, *value_N.shape[1:])
+        return padded.index_put((self.row, self.step), value_N)
+
+    def final(self, value_ND: Tensor) -> Tensor:
+        """Value at each row's last step, [B,D]; zeros for an empty row."""
+        return value_ND.new_zeros(self.shape[0], value_ND.shape[1]).index_copy(
+            0, self.filled, value_ND[self.last]
+        )
+
+
+def packing(length_B: Tensor, num_steps: int) -> Packing:
+    """Lay out rows of the given lengths (0 is legal) in a batch padded to ``num_steps``."""
+    device = length_B.device
+    order = torch.argsort(length_B, descending=True, stable=True)
+    alive_TB = torch.arange(num_steps, device=device)[:, None] < length_B[order][None, :]
+    step, rank = alive_TB.nonzero(as_tuple=True)
+    num_alive = alive_TB.sum(1)
+    starts = num_alive.cumsum(0) - num_alive
+    num_filled = int((length_B > 0).sum())
+    filled = order[:num_filled]
+    last = starts[length_B[filled] - 1] + torch.arange(num_filled, device=device)
+    sizes = tuple(size for size in num_alive.tolist() if size)
+    return Packing(order[rank], step, sizes, last, filled, (length_B.shape[0], num_steps))
+
+
+# -------------------------------------------------------------------------------------------- recurrent cells
+class GruCell(nn.Module):
+    """A GRU and its four attentional relatives over one parameter set.
+
+    u = sig(W_u x + U_u h + b_u), r = sig(W_r x + U_r h + b_r), c = tanh(W_c x + b_c + r (U_c h + b'_c)),
+    h <- h + w (c - h) with write weight w:
+
+        gru  u        aigru  u, with input a x        agru  a
+        augru_paper  a u        augru_official  1 - (1 - a)(1 - u)
+
+    ``torch.nn.GRU`` keeps with z = 1 - u: its weights fit after flipping the sign of the z block. The paper
+    form writes at most sum(a) <= 1 in all; the official one is close to a plain GRU on long histories.
+    Source: DIEN, arXiv 1809.03672, section "interest evolving layer".
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int, cell: Cell = "gru") -> None:
+        """Weights uniform in +-1/sqrt(H), biases 0."""
+        super().__init__()
+        self.cell = cell
+        bound = 1 / math.sqrt(hidden_dim)
+        self.weight_input = nn.Parameter(torch.empty(3 * hidden_dim, input_dim).uniform_(-bound, bound))
+        self.weight_state = nn.Parameter(torch.empty(3 * hidden_dim, hidden_dim).uniform_(-bound, bound))
+        self.bias_input = nn.Parameter(torch.zeros(3 * hidden_dim))
+        self.bias_state = nn.Parameter(torch.zeros(hidden_dim))  # b'_c, inside the reset product
+
+    def step(self, x_BD: Tensor, state_BH: Tensor, attention_B: Tensor | None = None) -> Tensor:
+        """One step, written as in the class docstring; ``forward`` is its fast form over whole histories."""
+        a = x_BD.new_ones(len(x_BD), 1) if attention_B is None else attention_B[:, None]
+        x = a * x_BD if self.cell == "aigru" else x_BD
+        x_u, x_r, x_c = F.linear(x, self.weight_input, self.bias_input).chunk(3, -1)
+        h_u, h_r, h_c = F.linear(state_BH, self.weight_state).chunk(3, -1)
+        u, r = torch.sigmoid(x_u + h_u), torch.sigmoid(x_r + h_r)
+        c = torch.tanh(x_c + r * (h_c + self.bias_state))
+        return state_BH + _write_weight(self.cell, u, a) * (c - state_BH)
+
+    def forward(self, x_ND: Tensor, layout: Packing, attention_N: Tensor | None = None) -> Tensor:
+        """States after every real step, [N,H]; a history starts from zeros and ends at its length.
+
+        ``x_ND`` and ``attention_N`` are packed by ``layout``; cells other than ``gru`` need attention that is
+        normalised (raw scores multiply gates and diverge).
+        """
+        a_N1 = attention_N[:, None] if attention_N is not None and self.cell != "gru" else None
+        if a_N1 is None and self.cell != "gru":
+            raise ValueError(f"cell {self.cell} needs attention")
+        x = x_ND * a_N1 if self.cell == "aigru" and a_N1 is not None else x_ND
+        pre_NG = F.linear(x, self.weight_input, self.bias_input)
+        with torch.autocast(pre_NG.device.type, enabled=False):  # long products of gates need float32
+            dtype = self.weight_state.dtype
+            states = _Recurrence.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+                pre_NG.to(dtype),
+                self.weight_state,
+                self.bias_state,
+                None if a_N1 is None or self.cell == "aigru" else a_N1.to(dtype),
+                layout.sizes,
+                self.cell,
+            )
+        return cast(Tensor, states)
+
+
+def _write_weight(cell: str, u: Tensor, a: Tensor | None) -> Tensor:
+    if a is None or cell in ("gru", "aigru"):
+        return u
+    if cell == "agru":
+        return a.expand_as(u)
+    return a * u if cell == "augru_paper" else 1 - (1 - a) * (1 - u)
+
+
+class _Recurrence(torch.autograd.Function):
+    """The time loop of ``GruCell.forward`` with a hand-written backward.
+
+    Only rows that are alive take part in a step. The forward keeps gates and states of all N positions, so
+    everything of the backward that does not depend on the incoming gradient is computed for all steps at
+    once, and its loop holds a handful of small operations.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pre_NG: Tensor,
+        weight_GH: Tensor,
+        bias_H: Tensor,
+        attention_N1: Tensor | None,
+        sizes: tuple[int, ...],
+        cell: str,
+    ) -> Tensor:
+        num_steps, hidden = pre_NG.shape[0], weight_GH.shape[1]
+        states, before, inner, content = (pre_NG.new_empty(num_steps, hidden) for _ in range(4))
+        gates = pre_NG.new_empty(num_steps, 2 * hidden)
+        weight_HG = weight_GH.t()
+        state = pre_NG.new_zeros(sizes[0] if sizes else 0, hidden)
+        start = 0
+        for size in sizes:
+            now = slice(start, start + size)
+            start += size
+            state = state[:size]
+            before[now] = state
+            projected = state @ weight_HG
+            torch.add(pre_NG[now, : 2 * hidden], projected[:, : 2 * hidden], out=gates[now]).sigmoid_()
+            torch.add(projected[:, 2 * hidden :], bias_H, out=inner[now])
+            u, r = gates[now, :hidden], gates[now, hidden:]
+            c = torch.addcmul(pre_NG[now, 2 * hidden :], r, inner[now], out=content[now]).tanh_()
+            a = None if attention_N1 is None else attention_N1[now]
+            state = torch.addcmul(state, _write_weight(cell, u, a), c - state, out=states[now])
+        ctx.save_for_backward(weight_GH, attention_N1, before, inner, content, gates)
+        ctx.sizes, ctx.cell = sizes, cell
+        return states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        weight_GH, a, before, inner, c, gates = ctx.saved_tensors
+        cell, hidden = ctx.cell, weight_GH.shape[1]
+        u, r = gates[:, :hidden], gates[:, hidden:]
+        w = _write_weight(cell, u, a)
+        change = c - before
+        by_u, by_a = _write_slopes(cell, u, a)
+        keep, to_u = 1 - w, change * by_u * u * (1 - u)
+        to_c, to_r = w * (1 - c * c), inner * r * (1 - r)
+
+        grad_states = gradients[0].clone()  # becomes the full gradient of each state, step by step
+        grad_projected = before.new_empty(len(before), 3 * hidden)  # of U h + b', blocks u, r, c
+        grad_content = torch.empty_like(c)  # of what tanh is taken of
+        end, carried = len(c), None
+        for size in reversed(ctx.sizes):
+            now = slice(end - size, end)
+            end -= size
+            d = grad_states[now]
+            if carried is not None:
+                d[: len(carried)] += carried
+            g, g_c = grad_projected[now], grad_content[now]
+            torch.mul(d, to_u[now], out=g[:, :hidden])
+            torch.mul(d, to_c[now], out=g_c)
+            torch.mul(g_c, to_r[now], out=g[:, hidden : 2 * hidden])
+            torch.mul(g_c, r[now], out=g[:, 2 * hidden :])
+            carried = torch.addmm(d * keep[now], g, weight_GH)
+        grad_pre = torch.cat([grad_projected[:, : 2 * hidden], grad_content], dim=1)
+        grad_a = None if a is None else (grad_states * change * by_a).sum(1, keepdim=True)
+        grad_weight = grad_projected.t() @ before
+        return grad_pre, grad_weight, grad_projected[:, 2 * hidden :].sum(0), grad_a, None, None
+
+
+def _write_slopes(cell: str, u: Tensor, a: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+    """Derivatives of the write weight by u and by a."""
+    if a is None or cell in ("gru", "aigru"):
+        return 1.0, 0.0
+    if cell == "agru":
+        return 0.0, 1.0
+    return (a, u) if cell == "augru_paper" else (1 - a, 1 - u)
+
+
+# ---------------------------------------------------------------------------------------------------- scorers
+class SigmoidMlp(nn.Module):
+    """Linear layers with sigmoid hidden units and one output, after a first layer given as pre-activation."""
+
+    def __init__(self, dims: Sequence[int], last_bias: bool = True) -> None:
+        """``dims`` are the hidden widths."""
+        super().__init__()
+        hidden = [nn.Linear(before, after) for before, after in pairwise(dims)]
+        self.layers = nn.ModuleList([*hidden, nn.Linear(dims[-1], 1, bias=last_bias)])
+
+    def forward(self, first_NW: Tensor) -> Tensor:
+        """Scores [N] of the first layer's pre-activations [N, dims[0]]."""
+        value = first_NW
+        for layer in self.layers:
+            value = layer(torch.sigmoid(value))
+        return value[:, 0]
+
+
+class AttentionScorer(nn.Module):
+    """score = MLP([q, h, q - h, q h]), sigmoid hidden units.
+
+    The first layer is split, which is exact: (W_q + W_d) q once per row, (W_h - W_d) h + W_p (q h) per step.
+    Source: DIN's activation unit (arXiv 1706.06978) as DIEN's code uses it.
+    """
+
+    def __init__(self, width: int, dims: Sequence[int]) -> None:
+        """States and queries of ``width``; ``dims`` are the hidden widths."""
+        super().__init__()
+        self.first = nn.Linear(4 * width, dims[0])
+        self.rest = SigmoidMlp(dims, last_bias=False)  # a softmax follows, which no constant changes
+
+    def forward(self, query_BH: Tensor, state_NH: Tensor, row_N: Tensor) -> Tensor:
+        """Raw scores [N] of packed states, each against the query of its row."""
+        by_query, by_state, by_difference, by_product = self.first.weight.chunk(4, dim=1)
+        per_row = F.linear(query_BH, by_query + by_difference, self.first.bias)
+        per_step = F.linear(state_NH, by_state - by_difference)
+        product = F.linear(query_BH[row_N] * state_NH, by_product)
+        return cast(Tensor, self.rest(per_row[row_N] + per_step + product))
+
+
+class Scorer(Protocol):
+    """Logits [N] that a state [N,H] is followed by each of some behaviours [N,E]."""
+
+    def __call__(self, state_NH: Tensor, *behaviours_NE: Tensor) -> list[Tensor]:
+        """One tensor of logits per behaviour."""
+        ...
+
+
+class MlpScorer(nn.Module):
+    """f(h, e) = MLP([h, e]), sigmoid hidden units; the state's share of the first layer is computed once."""
+
+    def __init__(self, state_dim: int, behaviour_dim: int, dims: Sequence[int]) -> None:
+        """``dims`` are the hidden widths."""
+        super().__init__()
+        self.first_state = nn.Linear(state_dim, dims[0])
+        self.first_behaviour = nn.Linear(behaviour_dim, dims[0], bias=False)
+        self.rest = SigmoidMlp(dims)
+
+    def forward(self, state_NH: Tensor, *behaviours_NE: Tensor) -> list[Tensor]:
+        """Logits [N] per behaviour."""
+        shared = self.first_state(state_NH)
+        return [self.rest(shared + self.first_behaviour(behaviour)) for behaviour in behaviours_NE]
+
+
+class DotScorer(nn.Module):
+    """f(h, e) = P h . e (the paper's form); P is the identity when the widths agree."""
+
+    def __init__(self, state_dim: int, behaviour_dim: int) -> None:
+        """States and behaviours of these widths."""
+        super().__init__()
+        same = state_dim == behaviour_dim
+        self.project = nn.Identity() if same else nn.Linear(state_dim, behaviour_dim, bias=False)
+
+    def forward(self, state_NH: Tensor, *behaviours_NE: Tensor) -> list[Tensor]:
+        """Logits [N] per behaviour."""
+        projected = self.project(state_NH)
+        return [(projected * behaviour).sum(-1) for behaviour in behaviours_NE]
+
+
+def auxiliary_sum_count(
+    scorer: Scorer, state_BTH: Tensor, behaviour_BTE: Tensor, negative_BTE: Tensor, drawn_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Score how well each state tells the next behaviour from a sampled negative.
+
+    Shapes: ``state_BTH`` state after each step; ``behaviour_BTE``, ``negative_BTE`` embeddings of the true
+        and the sampled item of each step; ``drawn_BT`` true where the step is real and has a negative.
+        Returns the sum of losses and the number of pairs, both scalars: the mean is taken after the
+        all-reduce, because a mean of rank means is another number.
+    Rule: state t meets step t+1; a pair costs half of (cross entropy of the positive as 1 + of the negative
+        as 0) and counts iff ``drawn_BT`` holds at t+1, so more padding never changes the sum.
+    Empty: no valid pair gives sum 0 with a gradient path and count 0.
+    Numerics: logits throughout; a negative with logit 40 costs 20, not infinity.
+    Source: DIEN, arXiv 1809.03672; the half is ours.
+
+    H = 1, inner product, two users with 3 and 2 real steps (``.`` is padding or unused)::
+
+        state [1 2 .]  behaviour [. 1 1]  negative [. -1 0]    logits + [1 2]  - [-1 0]
+        state [1 . .]  behaviour [. 2 .]  negative [.  0 .]    logits + [2]    - [0]    -> 1.133337, 3 pairs
+    """
+    valid_BT = drawn_BT[:, 1:]
+    behaviour, negative = behaviour_BTE[:, 1:][valid_BT], negative_BTE[:, 1:][valid_BT]
+    positive_logit, negative_logit = scorer(state_BTH[:, :-1][valid_BT], behaviour, negative)
+    losses = F.softplus(-_at_least_float32(positive_logit)) + F.softplus(_at_least_float32(negative_logit))
+    return 0.5 * losses.sum(), valid_BT.sum().to(losses.dtype)
+
+
+# ------------------------------------------------------------------------------------------------- embeddings
+class GapEmbedding(nn.Module):
+    """Embeds the age of an event, bucketed at ``GAP_EDGES_DAYS`` (an edge belongs to the older bucket)."""
+
+    edges: Tensor
+
+    def __init__(self, width: int) -> None:
+        """Embeddings of ``width``, one per bucket."""
+        super().__init__()
+        self.embedding = nn.Embedding(len(GAP_EDGES_DAYS) + 1, width)
+        edges = torch.log1p(torch.tensor(GAP_EDGES_DAYS, dtype=torch.float64)).float()
+        self.register_buffer("edges", edges, persistent=False)
+
+    def forward(self, gap_N: Tensor) -> Tensor:
+        """Embed log1p(age in days), [N, width]."""
+        return cast(Tensor, self.embedding(torch.bucketize(gap_N, self.edges.to(gap_N.dtype), right=True)))
+
+
+def embed_set(embedding: nn.Embedding, ids_BK: Tensor) -> Tensor:
+    """Sum of the members' embeddings, [B, width]; id 0 contributes nothing, whatever row 0 holds.
+
+    A bag, because a campaign may name thousands of items: no [B,K,width] tensor is built.
+    """
+    if ids_BK.numel() == 0:  # a bag needs a member; this keeps the gradient path
+        return cast(Tensor, embedding(ids_BK).sum(1))
+    return F.embedding_bag(ids_BK, embedding.weight, mode="sum", padding_idx=0)

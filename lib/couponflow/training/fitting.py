@@ -1,0 +1,241 @@
+"""Each kind of model from a dataset to a registered bundle: what joins feed, trainer, baselines and registry.
+
+Protocol: fitted on split ``train``, chosen and calibrated on ``valid``; ``test`` is never opened here.
+A DIEN trains on ``training.num_ranks`` Horovod ranks. The process that asks for it starts them, each of them
+runs ``train_rank``, rank 0 leaves the bundle in the run's folder, and the asking process registers it.
+"""
+
+import json
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from couponflow.config import Config
+from couponflow.errors import ConfigError, DataError
+from couponflow.lake import storage
+from couponflow.training import feed, launch, metrics, registry
+from couponflow.training.launch import Workers
+
+if TYPE_CHECKING:
+    from couponflow.models.bundle import Bundle
+
+log = logging.getLogger("couponflow")
+
+_TRAIN, _VALID = "train", "valid"
+_BUNDLE, _RESULT, _CONFIG, _CHECKPOINT = "bundle", "result.json", "config.json", "best.pt"
+
+
+def train(
+    config: Config, kind: str, run_id: str, argv: Sequence[str]
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Fit, calibrate and register one model; returns the rows read and the facts of the run.
+
+    ``argv`` starts one rank of this job when followed by ``--run-folder FOLDER``. The first logistic model of
+    a lake becomes its champion.
+
+    Raises:
+        ConfigError: an unknown kind, or more ranks than row groups or slots.
+        DataError: the examples are missing, damaged or give a loss that is not finite.
+        InfraError: a rank died or hung.
+    """
+    if kind not in registry.KINDS:
+        raise ConfigError(f"model {kind!r}: expected one of {', '.join(registry.KINDS)}; give --model KIND")
+    start = time.monotonic()
+    root_uri = config.lake.root_uri
+    dataset = feed.load_manifest(root_uri)
+    folder = _run_folder(root_uri, run_id)
+    ranks = config.training.num_ranks
+    if kind == "dien" and ranks > 1 and not launch.is_launched():
+        for split in (_TRAIN, _VALID):
+            feed.check(dataset, split, ranks)
+        (folder / _CONFIG).write_text(config.model_dump_json(), encoding="utf-8")
+        timeout = config.training.start_timeout_seconds
+        launch.run(ranks, [*argv, "--run-folder", str(folder)], folder, timeout)
+    else:
+        train_rank(config, kind, folder, launch.connect(), dataset)
+    if not (folder / _RESULT).is_file():  # another rank of a launcher that is not ours
+        shutil.rmtree(folder)
+        return {}, {"rank_only": True}
+    result = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
+    version = registry.register(root_uri, folder / _BUNDLE, run_id)
+    if kind == "logistic" and registry.pointed(root_uri, registry.CHAMPION) is None:
+        registry.set_champion(root_uri, version, run_id, "first champion")
+    shutil.rmtree(folder)  # published; a failed run keeps its checkpoint
+    seconds = round(time.monotonic() - start, 1)
+    log.info("registered %s in %.1f s", version, seconds)
+    facts = {"model_version": version, "seconds": seconds, "training_examples_version": dataset.table_version}
+    return result["rows"], facts | result["metrics"]
+
+
+def run_rank(folder: Path, kind: str) -> None:
+    """One rank of a launched run; everything it needs lies in ``folder``."""
+    config = Config.model_validate_json((folder / _CONFIG).read_text(encoding="utf-8"))
+
+    def work(workers: Workers) -> None:
+        train_rank(config, kind, folder, workers, feed.load_manifest(config.lake.root_uri))
+
+    launch.run_rank(folder, work)
+
+
+def train_rank(config: Config, kind: str, folder: Path, workers: Workers, dataset: feed.Dataset) -> None:
+    """Fit one model; rank 0 leaves the bundle, the rows read and the curves in ``folder``."""
+    from couponflow.models.bundle import save_bundle
+
+    if kind != "dien" and workers.size > 1:
+        raise ConfigError(f"model {kind} trains in one process; start it without a launcher")
+    if workers.rank:
+        log.setLevel(logging.WARNING)  # one rank reports for all
+    match kind:
+        case "dien":
+            bundle = fit_dien(config, dataset, workers, folder)
+            num_train = dataset.rows(_TRAIN)
+        case "logistic":
+            bundle, num_train = fit_logistic(config, dataset), dataset.rows(_TRAIN)
+        case _:
+            bundle, num_train = fit_blend(config, dataset, folder), 0
+    if workers.rank:
+        return
+    save_bundle(bundle, folder / _BUNDLE)
+    rows = {f"{feed.TABLE}.{_TRAIN}": num_train, f"{feed.TABLE}.{_VALID}": dataset.rows(_VALID)}
+    result = {"rows": rows, "metrics": bundle.metrics}
+    (folder / _RESULT).write_text(json.dumps(result), encoding="utf-8")
+
+
+def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Path) -> "Bundle":
+    """Train the network on this rank's shards; the bundle is calibrated on all validation rows."""
+    import torch
+
+    from couponflow.models.bundle import Bundle
+    from couponflow.models.calibration import fit_platt
+    from couponflow.models.dien import Dien
+    from couponflow.training import trainer
+
+    settings = config.training
+    if workers.size > 1:
+        torch.set_num_threads(1)
+    shuffle = (settings.batch_size, settings.shuffle_rows, settings.seed)
+    train_feed = feed.Feed(dataset, _TRAIN, workers, *shuffle)
+    valid_feed = feed.Feed(dataset, _VALID, workers, 512 * workers.size)
+    torch.manual_seed(settings.seed)
+    network = Dien(config.model, dataset.vocabulary_sizes, len(dataset.wide_features))
+    mean, sd, rate = wide_statistics(train_feed, workers)
+    network.set_wide_statistics(torch.from_numpy(mean).float(), torch.from_numpy(sd).float())
+    network.set_base_rate(rate)
+    fitted = trainer.fit(
+        network,
+        train_feed.epoch,
+        valid_feed.epoch,
+        settings,
+        config.model.auxiliary_weight,
+        workers,
+        folder / _CHECKPOINT,
+    )
+    if fitted.train_rows != dataset.rows(_TRAIN):
+        raise DataError(
+            f"trained on {fitted.train_rows} rows of {dataset.rows(_TRAIN)}; run build_examples again"
+        )
+    calibrator = fit_platt(fitted.valid_logit, fitted.valid_label)
+    curves = {
+        "epochs": fitted.curves(),
+        "best_epoch": fitted.best.epoch,
+        "num_ranks": workers.size,
+        "valid": _valid_metrics(fitted.valid_logit, fitted.valid_label),
+    }
+    return Bundle(
+        network,
+        dataset.vocabulary_version,
+        dataset.vocabulary_sizes,
+        dataset.wide_features,
+        calibrator,
+        curves,
+    )
+
+
+def wide_statistics(train_feed: feed.Feed, workers: Workers) -> tuple[metrics.Floats, metrics.Floats, float]:
+    """Mean and standard deviation [F] of the aggregates, and the base rate, over all ranks' training rows."""
+    total: metrics.Floats | float = 0.0
+    for batch in train_feed.epoch():
+        wide = batch.wide.double().numpy()
+        total = total + np.concatenate(
+            [wide.sum(0), (wide**2).sum(0), [batch.size, float(batch.label.sum())]]
+        )
+    sums = workers.allreduce_sum(total)
+    *moments, rows, positives = sums
+    first, second = np.split(np.asarray(moments) / rows, 2)
+    sd = np.sqrt(np.maximum(second - first**2, 0.0))
+    sd[sd < 1e-6 * (1.0 + np.abs(first))] = 0.0  # constant but for rounding
+    return first, sd, float(positives / rows)
+
+
+def fit_logistic(config: Config, dataset: feed.Dataset) -> "Bundle":
+    """Logistic regression on the aggregates of ``train``, calibrated on ``valid``."""
+    from couponflow.models.bundle import Bundle
+    from couponflow.models.calibration import fit_platt
+    from couponflow.training import baselines
+
+    rows = feed.read_all(dataset, _TRAIN)
+    wide = np.concatenate([batch.wide.numpy() for batch in feed.batches(rows)])
+    label = np.array([row.label for row in rows])
+    model = baselines.fit_logistic(wide, label, config.training.logistic_c)
+    bundle = Bundle(model, dataset.vocabulary_version, dataset.vocabulary_sizes, dataset.wide_features)
+    held = feed.read_all(dataset, _VALID)
+    logit, label = score_rows(bundle, held), np.array([row.label for row in held])
+    curves = {"epochs": [], "num_ranks": 1, "valid": _valid_metrics(logit, label)}
+    return replace(bundle, calibrator=fit_platt(logit, label), metrics=curves)
+
+
+def fit_blend(config: Config, dataset: feed.Dataset, folder: Path) -> "Bundle":
+    """Blend of the newest registered DIEN and logistic models, fitted on ``valid``."""
+    from couponflow.models.bundle import load_bundle
+    from couponflow.training import baselines
+
+    root_uri = config.lake.root_uri
+    members = {}
+    for kind in ("dien", "logistic"):
+        local = registry.fetch(root_uri, kind, folder / "members")
+        members[kind] = load_bundle(local, dataset.vocabulary_version)
+    held = feed.read_all(dataset, _VALID)
+    logits = {kind: score_rows(member, held) for kind, member in members.items()}
+    label = np.array([row.label for row in held])
+    bundle = baselines.blend_bundle(members, logits, label, [row.user_id for row in held])
+    curves = {
+        "epochs": [],
+        "num_ranks": 1,
+        "members": {kind: member.model_version for kind, member in members.items()},
+        "valid": _valid_metrics(score_rows(bundle, held), label),
+    }
+    return replace(bundle, metrics=curves)
+
+
+def score_rows(bundle: "Bundle", rows: Sequence[feed.Example]) -> metrics.Floats:
+    """Raw logits of stored rows, in their order."""
+    return np.concatenate([bundle.logits(batch) for batch in feed.batches(rows)] or [np.zeros(0)])
+
+
+def rank_argv(job_file: str, dates: str, kind: str) -> list[str]:
+    """The argument list that starts one rank of the train job, but for its run folder.
+
+    A rank reads its config from that folder, so that a config made in memory reaches it too.
+    """
+    return [sys.executable, job_file, "--config", _CONFIG, "--dates", dates, "--model", kind]
+
+
+def _valid_metrics(logit: metrics.Floats, label: metrics.Floats) -> dict[str, float]:
+    return {"auc": metrics.auc(logit, label), "log_loss": metrics.log_loss(logit, label)}
+
+
+def _run_folder(root_uri: str, run_id: str) -> Path:
+    """A local folder of this run: beside a local lake's tables, else in the temporary folder."""
+    if storage.is_remote(root_uri):
+        return Path(tempfile.mkdtemp(prefix=f"{run_id}-"))
+    folder = Path(storage.join(root_uri, "work", run_id)).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

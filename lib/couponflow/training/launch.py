@@ -1,0 +1,268 @@
+"""The only door to Horovod: what ranks exchange, how they are started, and what happens when one fails.
+
+``Workers`` is one process' view of the group. At size 1 it does nothing and never imports Horovod, so that
+training code has one form. Every method of it is collective: all ranks call it, in the same order.
+"""
+
+import json
+import logging
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+import couponflow
+from couponflow.errors import (
+    ConfigError,
+    ConflictError,
+    CouponflowError,
+    DataError,
+    InfraError,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger("couponflow")
+
+#: A group that prints nothing for so long is taken for hung; ranks report progress far more often.
+SILENCE_SECONDS = 300.0
+_RANKS_PER_CORE = 4
+_KILL_SECONDS = 10.0
+#: What the launcher puts before a rank's line, and the rank's own time and level.
+_PREFIX = re.compile(r"^\[\d+\]<(?:stdout|stderr)>:\s?(?:\d\d:\d\d:\d\d [A-Z]+ )?")
+_ERRORS: dict[str, type[CouponflowError]] = {
+    error.__name__: error for error in (ConfigError, DataError, ConflictError, InfraError)
+}
+
+
+class Workers:
+    """A group of one: every exchange returns what it was given."""
+
+    rank = 0
+    size = 1
+
+    def allreduce_sum(self, values: ArrayLike) -> NDArray[np.float64]:
+        """Sum over ranks of equally long vectors, float64."""
+        return np.atleast_1d(np.asarray(values, np.float64))
+
+    def allreduce_max(self, value: float) -> float:
+        """Largest value over ranks."""
+        return float(value)
+
+    def gather(self, values: ArrayLike) -> NDArray[np.float64]:
+        """All ranks' vectors, of any length each, one after another by rank."""
+        return np.asarray(values, np.float64)
+
+    def average(self, tensor: "Tensor") -> "Tensor":
+        """Mean over ranks of equally shaped tensors, in place."""
+        return tensor
+
+    def broadcast_state(self, state: "dict[str, Tensor]") -> None:
+        """Overwrite every tensor by rank 0's, in place."""
+
+
+class HorovodWorkers(Workers):
+    """The group of a Horovod launcher, over Gloo."""
+
+    def __init__(self) -> None:
+        """Join the group that the launcher describes."""
+        import horovod.torch as hvd
+
+        hvd.init()
+        self._hvd: Any = hvd
+        self.rank = int(hvd.rank())
+        self.size = int(hvd.size())
+
+    def allreduce_sum(self, values: ArrayLike) -> NDArray[np.float64]:  # noqa: D102 - as in Workers
+        return self._reduce(np.atleast_1d(np.asarray(values, np.float64)), self._hvd.Sum, "sum")
+
+    def allreduce_max(self, value: float) -> float:  # noqa: D102 - as in Workers
+        return float(self._reduce(np.array([value], np.float64), self._hvd.Max, "max")[0])
+
+    def gather(self, values: ArrayLike) -> NDArray[np.float64]:  # noqa: D102 - as in Workers
+        import torch
+
+        # Gloo's allgather wants a row of every rank: each sends one more than it has.
+        own = torch.from_numpy(np.append(np.asarray(values, np.float64), np.nan))
+        sizes = self._hvd.allgather(torch.tensor([own.numel()]), name="gather_sizes").tolist()
+        parts = torch.split(self._hvd.allgather(own, name="gather"), sizes)
+        return np.concatenate([part.numpy()[:-1] for part in parts])
+
+    def average(self, tensor: "Tensor") -> "Tensor":  # noqa: D102 - as in Workers
+        return self._hvd.allreduce_(tensor, op=self._hvd.Average, name=f"average_{tensor.numel()}")  # type: ignore[no-any-return]  # horovod has no types
+
+    def broadcast_state(self, state: "dict[str, Tensor]") -> None:  # noqa: D102 - as in Workers
+        for name, tensor in sorted(state.items()):
+            self._hvd.broadcast_(tensor, root_rank=0, name=f"state_{name}")
+
+    def _reduce(self, values: NDArray[np.float64], operation: Any, name: str) -> NDArray[np.float64]:
+        import torch
+
+        sent = torch.from_numpy(values.copy())
+        found = self._hvd.allreduce_(sent, op=operation, name=f"{name}_{values.size}")
+        return np.asarray(found.numpy())
+
+
+def is_launched() -> bool:
+    """Whether a Horovod launcher started this process."""
+    return "HOROVOD_RANK" in os.environ  # the launcher's own protocol, not a setting of ours
+
+
+def connect() -> Workers:
+    """The group of this process: Horovod's under its launcher, else a group of one."""
+    return HorovodWorkers() if is_launched() else Workers()
+
+
+def command(num_ranks: int, argv: Sequence[str], start_timeout_seconds: int = 120) -> list[str]:
+    """The static launch of ``argv`` on ``num_ranks`` local processes, as an argument list.
+
+    Raises:
+        ConfigError: more ranks than this machine can sensibly hold.
+    """
+    slots = (os.cpu_count() or 1) * _RANKS_PER_CORE
+    if num_ranks > slots:
+        raise ConfigError(
+            f"training.num_ranks = {num_ranks}: this machine has slots for {slots}; lower it, "
+            "or train on a cluster"
+        )
+    launcher = Path(sys.executable).parent / "horovodrun"
+    if not launcher.is_file():
+        raise ConfigError(f"{launcher} does not exist; install the train group (make install)")
+    where = ["-np", str(num_ranks), "-H", f"localhost:{num_ranks}", "--gloo"]
+    return [str(launcher), *where, "--start-timeout", str(start_timeout_seconds), *argv]
+
+
+def run(
+    num_ranks: int,
+    argv: Sequence[str],
+    folder: Path,
+    start_timeout_seconds: int = 120,
+    silence_seconds: float = SILENCE_SECONDS,
+) -> None:
+    """Start the ranks, pass their lines on, and raise what stopped them.
+
+    ``folder`` is where ranks leave their error (``run_rank``); it must exist. The group is killed, the
+    stopped processes in it too, when nothing is printed for ``silence_seconds`` or this call is left early.
+
+    Raises:
+        ConfigError, DataError, ConflictError, InfraError: the error of the first rank that named one;
+            InfraError when a rank died without a word or the group hung.
+    """
+    for stale in folder.glob("error-*.json"):
+        stale.unlink()
+    bin_folder = str(Path(sys.executable).parent)
+    package_folder = str(Path(couponflow.__file__).parent.parent)
+    environment = os.environ | {
+        "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [package_folder, os.environ.get("PYTHONPATH", "")])),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",  # ranks share the cores; a second thread each would only fight for them
+    }
+    process = subprocess.Popen(
+        command(num_ranks, argv, start_timeout_seconds),
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    assert process.stdout is not None  # a pipe was asked for
+    tail: deque[str] = deque(maxlen=20)
+    try:
+        _follow(process.stdout, tail, silence_seconds)
+        code = process.wait(timeout=_KILL_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise InfraError(
+            f"ranks closed their output but did not end within {_KILL_SECONDS:.0f} s; run again"
+        ) from error
+    finally:
+        if process.poll() is None:
+            _kill(process)
+        process.stdout.close()
+    if code:
+        raise _rank_error(folder) or InfraError(
+            f"{num_ranks} ranks ended with code {code} and no error of ours; last lines: "
+            + " | ".join(list(tail)[-5:])
+            + "; run again"
+        )
+
+
+def run_rank(folder: Path, work: Callable[[Workers], None]) -> None:
+    """Run ``work`` as one rank; its error goes to a file for the launcher, its exit code to the caller."""
+    workers = connect()
+    try:
+        work(workers)
+    except CouponflowError as error:
+        note = {"class": type(error).__name__, "message": str(error)}
+        (folder / f"error-{workers.rank}.json").write_text(json.dumps(note), encoding="utf-8")
+        raise SystemExit(error.exit_code) from error
+
+
+def _rank_error(folder: Path) -> CouponflowError | None:
+    notes = [
+        (int(path.stem.removeprefix("error-")), json.loads(path.read_text(encoding="utf-8")))
+        for path in folder.glob("error-*.json")
+    ]
+    if not notes:
+        return None
+    # A rank that saw the cause outranks one that only lost its peer.
+    rank, note = min(notes, key=lambda pair: (pair[1]["class"] == "InfraError", pair[0]))
+    return _ERRORS.get(note["class"], InfraError)(f"rank {rank}: {note['message']}")
+
+
+def _follow(stream: IO[str], tail: deque[str], silence_seconds: float) -> None:
+    """Log each line as it comes until the stream ends.
+
+    Raises:
+        InfraError: no line for ``silence_seconds``.
+    """
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def pump() -> None:
+        for line in stream:
+            lines.put(line.rstrip())
+        lines.put(None)
+
+    threading.Thread(target=pump, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=silence_seconds)
+        except queue.Empty as error:
+            last = tail[-1] if tail else "none"
+            raise InfraError(
+                f"ranks printed nothing for {silence_seconds:g} s and were killed; last line: {last}; "
+                "run again"
+            ) from error
+        if line is None:
+            return
+        text = _PREFIX.sub("", line)
+        if text:
+            tail.append(text)
+            log.info("%s", text)
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """End the launcher and all its descendants; ranks have sessions of their own, so walk the tree."""
+    import psutil  # type: ignore[import-untyped]  # comes with horovod, without types
+
+    parent = psutil.Process(process.pid)
+    family = [*parent.children(recursive=True), parent]
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue  # it ended by itself
+    psutil.wait_procs(family[:-1], timeout=_KILL_SECONDS)
+    process.wait(timeout=_KILL_SECONDS)

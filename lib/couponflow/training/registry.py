@@ -1,0 +1,167 @@
+"""Where models are kept: immutable versions, the newest of each kind, and the champion pointer. Storage only.
+
+``models/<model_version>/`` holds a bundle's files, its manifest last: a folder without one is no version.
+``models/newest-<kind>.json`` and ``models/champion.json`` are pointers, moved against what they held; they
+name the versions before too, oldest first. Which model deserves promotion is decided elsewhere.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from couponflow.errors import ConfigError, DataError
+from couponflow.lake import storage
+
+CHAMPION = "champion"
+KINDS = ("logistic", "dien", "blend")
+_MANIFEST = "manifest.json"
+_VERSION = re.compile(rf"({'|'.join(KINDS)})-[0-9a-f]{{12}}", re.ASCII)
+
+
+def register(root_uri: str, folder: Path, run_id: str) -> str:
+    """Publish the bundle in a local folder and make it the newest of its kind; returns its version.
+
+    Safe to repeat: a version that is there already keeps its files, since equal names mean equal models.
+
+    Raises:
+        ConfigError: the folder holds no finished bundle.
+        ConflictError: another run moved the pointer meanwhile.
+    """
+    version, kind = _identity(folder)
+    target = _folder_uri(root_uri, version)
+    manifest_uri = storage.join(target, _MANIFEST)
+    if not storage.exists(manifest_uri):
+        names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+        for name in (*(name for name in names if name != _MANIFEST), _MANIFEST):
+            storage.create(storage.join(target, name), (folder / name).read_bytes(), run_id)
+    _move(root_uri, f"newest-{kind}", version, run_id, "registered")
+    return version
+
+
+def resolve(root_uri: str, name: str) -> str:
+    """The version behind a name: ``champion``, a kind (its newest version), or a version itself.
+
+    Raises:
+        ConfigError: the name is neither.
+        DataError: there is no such model.
+    """
+    if name == CHAMPION or name in KINDS:
+        pointer = pointed(root_uri, name)
+        if pointer is None:
+            raise DataError(f"{root_uri} has no {name} model; run the train job first")
+        version = str(pointer["model_version"])
+    elif _VERSION.fullmatch(name):
+        version = name
+    else:
+        raise ConfigError(
+            f"model {name!r}: expected champion, {', '.join(KINDS)} or a version such as "
+            "logistic-0123456789ab"
+        )
+    if not storage.exists(storage.join(_folder_uri(root_uri, version), _MANIFEST)):
+        raise DataError(
+            f"model {version} is not in {root_uri}/models; `couponflow models list` shows what is"
+        )
+    return version
+
+
+def pointed(root_uri: str, name: str) -> dict[str, Any] | None:
+    """What ``champion`` or a kind points to (model_version, kind, run_id, reason, previous), or None."""
+    held = _held(_pointer_uri(root_uri, name))
+    return None if held is None else dict(json.loads(held))
+
+
+def fetch(root_uri: str, model_version: str, folder: Path) -> Path:
+    """A local folder with the bundle's files; a local lake's own folder is returned as it is.
+
+    Raises:
+        DataError: the version is not there.
+    """
+    version = resolve(root_uri, model_version)
+    return storage.download_folder(_folder_uri(root_uri, version), folder / version)
+
+
+def versions(root_uri: str) -> list[str]:
+    """All finished versions, sorted by name."""
+    names = storage.list_names(storage.join(root_uri, "models"))
+    return [
+        name
+        for name in names
+        if _VERSION.fullmatch(name) and storage.exists(storage.join(_folder_uri(root_uri, name), _MANIFEST))
+    ]
+
+
+def set_champion(root_uri: str, name: str, run_id: str, reason: str) -> str:
+    """Make a model the champion; returns its version. The champion before it is remembered.
+
+    Raises:
+        ConfigError, DataError: as ``resolve``.
+        ConflictError: another run moved the pointer meanwhile.
+    """
+    version = resolve(root_uri, name)
+    _move(root_uri, CHAMPION, version, run_id, reason)
+    return version
+
+
+def roll_back(root_uri: str, run_id: str, reason: str) -> str:
+    """Make the previous champion the champion again; returns its version. May be repeated.
+
+    Raises:
+        DataError: there is no earlier champion.
+        ConflictError: another run moved the pointer meanwhile.
+    """
+    uri = _pointer_uri(root_uri, CHAMPION)
+    held = _held(uri)
+    previous = json.loads(held)["previous"] if held else []
+    if not previous:
+        raise DataError(f"{root_uri} has no champion before the present one; promote a version instead")
+    version = resolve(root_uri, previous[-1])
+    storage.replace(uri, _pointer(version, run_id, reason, previous[:-1]), held)
+    return version
+
+
+def _move(root_uri: str, name: str, version: str, run_id: str, reason: str) -> None:
+    """Point a name at a version, unless it already points there."""
+    uri = _pointer_uri(root_uri, name)
+    held = _held(uri)
+    before = json.loads(held) if held else None
+    if before is not None and before["model_version"] == version:
+        return
+    previous = [*before["previous"], before["model_version"]] if before else []
+    storage.replace(uri, _pointer(version, run_id, reason, previous), held)
+
+
+def _pointer(version: str, run_id: str, reason: str, previous: list[str]) -> bytes:
+    tree = {
+        "model_version": version,
+        "kind": version.partition("-")[0],
+        "run_id": run_id,
+        "reason": reason,
+        "previous": previous,
+    }
+    return json.dumps(tree, indent=1, sort_keys=True).encode()
+
+
+def _pointer_uri(root_uri: str, name: str) -> str:
+    file = f"{CHAMPION}.json" if name == CHAMPION else f"newest-{name.removeprefix('newest-')}.json"
+    return storage.join(root_uri, "models", file)
+
+
+def _held(uri: str) -> bytes | None:
+    return storage.read_bytes(uri) if storage.exists(uri) else None
+
+
+def _folder_uri(root_uri: str, version: str) -> str:
+    return storage.join(root_uri, "models", version)
+
+
+def _identity(folder: Path) -> tuple[str, str]:
+    path = folder / _MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+        version, kind = str(manifest["model_version"]), str(manifest["kind"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is no finished bundle ({error!r}); train again") from error
+    if not _VERSION.fullmatch(version) or not version.startswith(f"{kind}-"):
+        raise ConfigError(f"{path}: version {version!r} of kind {kind!r} is no model version; train again")
+    return version, kind

@@ -1,0 +1,194 @@
+"""Every user of the master gets one reason or none; whatever is unknown counts against mailing."""
+
+from datetime import date, datetime, timedelta
+from typing import Any
+
+import pytest
+from builders import D0, make_frame, make_row
+from pyspark.sql import DataFrame, SparkSession
+
+from couponflow.campaign import eligibility
+from couponflow.config import SelectionConfig
+from couponflow.dates import day_start
+from couponflow.errors import DataError
+
+ZONE = "America/New_York"
+SECTION = SelectionConfig(max_sends=2, cap_days=7)
+AS_OF = day_start(D0, ZONE)
+SECOND = timedelta(seconds=1)
+
+
+def consent(user: str, state: str = "granted", reason: str | None = None, **over: Any) -> dict[str, Any]:
+    base = {"channel": "mail", "purpose": "marketing", "source": "crm", "snapshot_date": D0}
+    return make_row("consents", **(base | {"user_id": user, "state": state, "reason": reason} | over))
+
+
+def send(user: str, when: datetime, campaign: str = "7") -> dict[str, Any]:
+    return make_row(
+        "sends",
+        send_id=f"{user}{when}{campaign}",
+        user_id=user,
+        campaign_id=campaign,
+        delivered_time=when,
+        send_date=when.date(),
+    )
+
+
+def decided(user: str, day: date, campaign: str, arm: str = "treat", version: str = "v") -> dict[str, Any]:
+    return make_row("assignments", user_id=user, run_date=day, campaign_id=campaign, arm=arm, version=version)
+
+
+def users_frame(spark: SparkSession, names: list[str], day: date = D0) -> DataFrame:
+    return make_frame(spark, "users", [make_row("users", user_id=n, snapshot_date=day) for n in names])
+
+
+def test_each_user_has_the_first_reason_that_applies(spark: SparkSession) -> None:
+    start = day_start(D0 - timedelta(days=7), ZONE)
+    expected: dict[str, str | None] = {
+        "fine": None,
+        "no record": "no_consent_record",
+        "other channel": "no_consent_record",
+        "other purpose": "no_consent_record",
+        "denied": "consent_denied",
+        "odd state": "consent_denied",
+        "unsubscribed": "unsubscribe",
+        "bounced though granted": "bounce",
+        "complained": "complaint",
+        "legal": "legal",
+        "denied beside granted": "consent_denied",
+        "capped": "frequency_cap",
+        "capped and denied": "consent_denied",
+        "two, one at the edge": "frequency_cap",
+        "two, one before the edge": None,
+        "two, one at as_of": None,
+        "two, one decided": "frequency_cap",
+        "decided and sent": None,
+        "decided in two versions": None,
+        "decided by this campaign today": None,
+        "decided by another today": "frequency_cap",
+        "control elsewhere": None,
+        "no score": "no_prediction",
+        "score is NaN": "no_prediction",
+        "score above one": "no_prediction",
+    }
+    special = {
+        "no record": [],
+        "other channel": [consent("other channel", channel="push")],
+        "other purpose": [consent("other purpose", purpose="transactional")],
+        "denied": [consent("denied", "denied")],
+        "odd state": [consent("odd state", "Granted")],
+        "unsubscribed": [consent("unsubscribed", "denied", "unsubscribe")],
+        "bounced though granted": [consent("bounced though granted", "granted", "bounce")],
+        "complained": [consent("complained", "denied", "complaint")],
+        "legal": [consent("legal", "denied", "legal")],
+        "denied beside granted": [consent("denied beside granted", s) for s in ("granted", "denied")],
+        "capped and denied": [consent("capped and denied", "denied", "by letter")],
+    }
+    consents = [row for name in expected for row in special.get(name, [consent(name)])]
+    consents += [consent("no record", snapshot_date=D0 - timedelta(days=1)), consent("stranger")]
+    one = AS_OF - timedelta(days=1)
+    sends = [
+        *(send(name, when) for name in ("capped", "capped and denied") for when in (one, one - SECOND)),
+        send("two, one at the edge", one),
+        send("two, one at the edge", start),
+        send("two, one before the edge", one),
+        send("two, one before the edge", start - SECOND),
+        send("two, one at as_of", one),
+        send("two, one at as_of", AS_OF, "18"),
+        send("two, one decided", one),
+        send("decided and sent", one),
+        send("decided in two versions", AS_OF - timedelta(days=9)),
+        send("decided by this campaign today", one),
+        send("decided by another today", one),
+        send("control elsewhere", one),
+    ]
+    assignments = [
+        decided("two, one decided", D0 - timedelta(days=7), "8"),
+        decided("two, one at the edge", D0 - timedelta(days=8), "8"),
+        decided("decided and sent", D0 - timedelta(days=2), "7"),
+        decided("decided in two versions", D0 - timedelta(days=2), "8", version="v1"),
+        decided("decided in two versions", D0 - timedelta(days=2), "8", version="v2"),
+        decided("decided by this campaign today", D0, "18"),
+        decided("decided by another today", D0, "8"),
+        decided("control elsewhere", D0 - timedelta(days=1), "8", arm="control"),
+        decided("fine", D0 + timedelta(days=1), "8"),
+        decided("fine", D0 + timedelta(days=2), "9"),
+    ]
+    scores = {name: 0.25 for name in expected} | {"score is NaN": float("nan"), "score above one": 1.5}
+    del scores["no score"]
+    predictions = [
+        make_row("predictions", user_id=name, conversion_probability=p) for name, p in scores.items()
+    ]
+    users = eligibility.user_master(users_frame(spark, [*expected, "fine"]), D0)
+    status, snapshot = eligibility.consent_status(make_frame(spark, "consents", consents), users, D0, SECTION)
+    mails = eligibility.mails_in_window(
+        make_frame(spark, "sends", sends),
+        make_frame(spark, "assignments", assignments),
+        "18",
+        D0,
+        ZONE,
+        SECTION.cap_days,
+    )
+    rows = eligibility.with_reason(
+        users, status, mails, make_frame(spark, "predictions", predictions), SECTION.max_sends
+    ).collect()
+    assert len(rows) == len(expected)
+    assert {row.user_id: row.reason for row in rows} == expected
+    assert set(filter(None, expected.values())) == set(eligibility.REASONS)
+    assert (snapshot.snapshot_date, snapshot.source) == (D0, "crm")
+    assert snapshot.num_users == len(expected) - 3  # no record, other channel, other purpose
+
+
+def test_no_list_without_a_good_snapshot(spark: SparkSession) -> None:
+    users = users_frame(spark, ["u1", "u2", "u3", "u4"]).select("user_id")
+    day = timedelta(days=1)
+    frame = make_frame(
+        spark,
+        "consents",
+        [consent(f"u{n}", snapshot_date=D0) for n in (1, 2)]
+        + [consent("u1", snapshot_date=D0 + 5 * day)]
+        + [consent(f"stranger{n}", snapshot_date=D0 + 5 * day) for n in range(9)]
+        + [consent(f"u{n}", channel="push", snapshot_date=D0 + 9 * day) for n in range(1, 5)],
+    )
+
+    def status(run_date: date, **over: Any) -> eligibility.Snapshot:
+        return eligibility.consent_status(frame, users, run_date, SelectionConfig(**over))[1]
+
+    assert status(D0).num_users == 2
+    assert status(D0 + day).snapshot_date == D0
+    with pytest.raises(DataError, match="no snapshot"):
+        status(D0 - day)
+    with pytest.raises(DataError, match="48 hours old"):
+        status(D0 + 2 * day)
+    assert status(D0 + 2 * day, consent_max_age_hours=48).snapshot_date == D0
+    with pytest.raises(DataError, match="covers 1 of 4"):
+        status(D0 + 5 * day)
+    with pytest.raises(DataError, match="covers 0 of 4"):
+        status(D0 + 9 * day, consent_min_share=0.0)
+    with pytest.raises(DataError, match="no snapshot up to"):
+        eligibility.user_master(users_frame(spark, ["u1"], D0 + day), D0)
+
+
+def test_predictions_of_one_model_and_one_row_per_user(spark: SparkSession) -> None:
+    def row(campaign: str, user: str, model: str = "m1", **over: Any) -> dict[str, Any]:
+        base = {"campaign_id": campaign, "target_id": campaign, "user_id": user, "model_version": model}
+        return make_row("predictions", **(base | {"run_date": D0} | over))
+
+    frame = make_frame(
+        spark,
+        "predictions",
+        [
+            row("1", "u1", conversion_probability=0.5),
+            row("1", "u1", run_date=D0 + timedelta(days=1)),
+            row("1", "u1", target_id="other"),
+            row("2", "u1"),
+            row("2", "u2", "m2"),
+            row("3", "u1"),
+            row("3", "u1"),
+        ],
+    )
+    found, version = eligibility.one_prediction_per_user(frame, "1", D0)
+    assert ([tuple(r) for r in found.collect()], version) == ([("u1", 0.5)], "m1")
+    for campaign, message in (("2", "several models \\(m1, m2\\)"), ("3", "2 rows for 1"), ("4", "no rows")):
+        with pytest.raises(DataError, match=message):
+            eligibility.one_prediction_per_user(frame, campaign, D0)

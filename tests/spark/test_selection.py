@@ -1,0 +1,260 @@
+"""The choice equals a plain-Python oracle, stays inside its limits, and is handed over as it was decided."""
+
+import csv
+import math
+import random
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import D0, make_frame, make_row
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import types as T
+
+from couponflow.campaign import assignment, eligibility, selection
+from couponflow.config import Config, SelectionConfig
+from couponflow.dates import DateRange
+from couponflow.entry import Run, record_run
+from couponflow.errors import ConfigError, ConflictError, DataError
+from couponflow.lake import storage, tables
+from jobs import export_audience, select_audience
+
+SNAPSHOT = eligibility.Snapshot(D0, "constructed", 1)
+User = tuple[str, float | None, str | None]
+
+
+def random_users(seed: int, size: int = 240) -> list[User]:
+    """Few distinct probabilities, so ties abound; some users excluded, some certain, some hopeless."""
+    draw = random.Random(seed)
+    levels = [0.0, 1e-7, 0.004, 0.01, 0.0125, 0.05, 0.2, 0.2 + 1e-12, 0.999, 1.0]
+    users: list[User] = []
+    for number in range(size):
+        reason = draw.choice([None] * 9 + ["consent_denied"])
+        probability = draw.choice([*levels, draw.random() / 20])
+        users.append((f"{seed}/ü{number}", probability, reason))
+    return [*users, (f"{seed}/none", None, "no_prediction")]
+
+
+def oracle(
+    users: list[User], campaign: str, section: SelectionConfig
+) -> tuple[dict[str, tuple[Any, ...]], Any]:
+    """Sort, take until the first that does not fit; returns user -> (reason, rank, arm), and the first left out."""
+    mail, discount = selection.micro(section.mail_cost_amount), selection.micro(section.discount_amount)
+    gain = selection.micro(section.margin_amount) - discount
+    outcome: dict[str, tuple[Any, ...]] = {}
+    order = []
+    for user, probability, reason in users:
+        p = probability or 0.0
+        cost, value = math.floor(p * discount + 0.5) + mail, math.floor(p * gain + 0.5) - mail
+        outcome[user] = (reason or "value", None, "none")
+        wanted = {"expected_profit": value > 0, "threshold": p >= section.min_probability, "top_k": True}
+        if reason is None and wanted[section.objective]:
+            ratio = math.inf if cost == 0 else value / cost
+            priority = ratio if section.objective == "expected_profit" else p
+            order.append((-priority, assignment.tie_key(campaign, user), user, cost, value))
+    spent, left_out = 0, None
+    for rank, (_, _, user, cost, value) in enumerate(sorted(order), 1):
+        spent += cost
+        if rank > section.max_recipients or spent > selection.micro(section.budget_amount):
+            reason = "max_recipients" if rank > section.max_recipients else "budget"
+            left_out = left_out or (reason, value / cost if reason == "budget" else value / selection.MICRO)
+            outcome[user] = (reason, rank, "none")
+        else:
+            arm = assignment.deal_arm(campaign, user, section)
+            outcome[user] = ("selected" if arm == "treat" else arm, rank, arm)
+    return outcome, left_out
+
+
+def frame_of(spark: SparkSession, users: list[User]) -> DataFrame:
+    schema = T.StructType(
+        [
+            T.StructField("user_id", T.StringType()),
+            T.StructField("conversion_probability", T.DoubleType()),
+            T.StructField("reason", T.StringType()),
+        ]
+    )
+    return spark.createDataFrame(users, schema)
+
+
+BASE = {"control_share": 0.2, "holdout_share": 0.1, "mail_cost_amount": 0.05, "margin_amount": 4.0}
+CASES = {
+    "budget": BASE | {"budget_amount": 30.0},
+    "max_recipients": BASE | {"max_recipients": 50},
+    "max_recipients among free options": {
+        "max_recipients": 17,
+        "mail_cost_amount": 0.0,
+        "discount_amount": 0.0,
+        "control_share": 0.0,
+    },
+    "value": BASE,
+    "none": BASE | {"objective": "top_k"},
+    "budget of nothing": BASE | {"budget_amount": 0.0},
+    "budget under top_k": BASE | {"objective": "top_k", "budget_amount": 11.0, "max_recipients": 200},
+    "value under threshold": BASE | {"objective": "threshold", "min_probability": 0.0125},
+}
+
+
+def test_the_choice_equals_the_oracle(spark: SparkSession) -> None:
+    for seed, (name, values) in enumerate(CASES.items()):
+        section = SelectionConfig(**values)
+        users = random_users(seed)
+        expected, left_out = oracle(users, "18", section)
+        shuffled = random.Random(seed).sample(users, len(users))
+        frame = frame_of(spark, shuffled).repartition(1 + seed % 4)
+        decided = selection.with_decision(frame, "18", section).persist()
+        rows = decided.collect()
+        assert len(rows) == len(users)
+        found = {row.user_id: (row.reason, row.rank, row.arm) for row in rows}
+        wrong = [user for user in expected if found[user] != expected[user]]
+        assert not wrong, f"{name}: {len(wrong)} wrong, {wrong[0]}: {found[wrong[0]]}, {expected[wrong[0]]}"
+
+        decision = selection.Decision.of("18", D0, "m-1", section, "abcdef99")
+        facts = selection.summarise(decided, decision, SNAPSHOT)
+        decided.unpersist()
+        assert facts["binding_constraint"] == name.split()[0]
+        assert facts["shadow_price"] == (left_out[1] if left_out else 0.0)
+        assert facts["version"] == "2024-01-10-m-1-abcdef"
+        chosen = [row for row in rows if row.would_select]
+        assert len(chosen) <= section.max_recipients
+        assert sum(row.cost_micro for row in chosen) <= selection.micro(section.budget_amount)
+        mailed = [row for row in rows if row.arm == "treat"]
+        assert facts["expected_cost_amount"] == sum(row.cost_micro for row in mailed) / selection.MICRO
+        assert facts["expected_profit_amount"] == sum(row.value_micro for row in mailed) / selection.MICRO
+        assert facts["expected_conversions"] == pytest.approx(sum(r.conversion_probability for r in mailed))
+        assert all(row.propensity == assignment.propensity(row.arm, section) for row in rows)
+        steps = facts["waterfall"]
+        assert steps[0]["remaining"] == facts["num_users"] == len(users)
+        for before, step in zip(steps, steps[1:], strict=False):
+            assert before["remaining"] - step["excluded"] == step["remaining"]
+        assert (steps[-1]["reason"], steps[-1]["remaining"]) == ("mailed", len(mailed))
+        by_reason = {step["reason"]: step["excluded"] for step in steps}
+        assert by_reason["control"] == facts["control_users"] == sum(row.arm == "control" for row in rows)
+
+
+def test_hashes_are_equal_in_spark_and_python(spark: SparkSession) -> None:
+    names = [f"u{n}" for n in range(2000)] + ["", "ü|x", "日本", "a:b"]
+    frame = spark.createDataFrame([(name,) for name in names], "user_id string")
+    user = frame["user_id"]
+    rows = frame.select(
+        user,
+        assignment.unit_hash_column("s", user).alias("unit"),
+        assignment.tie_key_column("18", user).alias("tie"),
+    ).collect()
+    assert {r.user_id: (r.unit, r.tie) for r in rows} == {
+        name: (assignment.unit_hash("s", name), assignment.tie_key("18", name)) for name in names
+    }
+
+
+def test_an_unknown_reason_stops() -> None:
+    with pytest.raises(DataError, match="'typo', which is not in the closed list"):
+        selection.waterfall({"selected": 1, "typo": 2})
+
+
+def write_world(spark: SparkSession, root_uri: str, users: list[str]) -> None:
+    def row(table: str, user: str, **over: Any) -> dict[str, Any]:
+        return make_row(table, user_id=user, **over)
+
+    frames = {
+        "users": [row("users", u, snapshot_date=D0) for u in users],
+        "consents": [consent_row(u) for u in users],
+        "predictions": [
+            row(
+                "predictions",
+                u,
+                campaign_id="18",
+                target_id="18",
+                run_date=D0,
+                model_version="logistic-0123456789ab",
+                conversion_probability=(number % 50) / 100,
+            )
+            for number, u in enumerate(users)
+        ],
+        "sends": [row("sends", users[0], send_date=D0 - timedelta(days=400))],
+    }
+    for table, rows in frames.items():
+        dates = DateRange(D0 - timedelta(days=400), D0 + timedelta(days=1))
+        tables.overwrite(make_frame(spark, table, rows), root_uri, table, dates)
+
+
+def consent_row(user: str, state: str = "granted") -> dict[str, Any]:
+    return make_row(
+        "consents",
+        user_id=user,
+        channel="mail",
+        purpose="marketing",
+        state=state,
+        source="constructed",
+        snapshot_date=D0,
+    )
+
+
+def run_job(name: str, spark: SparkSession, config: Config) -> Run:
+    job = {"select_audience": select_audience, "export_audience": export_audience}[name]
+    with record_run(name, config, DateRange.day(D0), campaign="18") as run:
+        job.run(spark, run)
+    return run
+
+
+def test_selection_and_hand_over_are_done_once(spark: SparkSession, config: Config, root_uri: str) -> None:
+    users = [f"u{number:03d}" for number in range(200)]
+    write_world(spark, root_uri, users)
+    with pytest.raises(DataError, match="run select_audience first"):
+        run_job("export_audience", spark, config)
+    first = run_job("select_audience", spark, config)
+    assert first.rows["assignments"] == 200
+    assert first.rows["audience"] == first.facts["mailed_users"] > 0
+    ledger = {r.user_id: r for r in tables.read(spark, root_uri, "assignments").collect()}
+    assert set(ledger) == set(users)
+    mailed = {user for user, row in ledger.items() if row.arm == "treat"}
+    audience = {r.user_id: r.rank for r in tables.read(spark, root_uri, "audience").collect()}
+    assert set(audience) == mailed
+    assert {row.reason for row in ledger.values()} == {"selected", "control", "value"}
+
+    versions = [tables.version(spark, root_uri, t) for t in ("assignments", "audience")]
+    again = run_job("select_audience", spark, config)
+    assert (again.rows, again.facts) == (first.rows, first.facts)
+    assert [tables.version(spark, root_uri, t) for t in ("assignments", "audience")] == versions
+
+    # One of the chosen withdraws between selection and hand-over.
+    gone = min(mailed)
+    consents = [consent_row(u, "denied" if u == gone else "granted") for u in users]
+    tables.overwrite(make_frame(spark, "consents", consents), root_uri, "consents", DateRange.day(D0))
+    unapproved = config.model_copy(
+        update={"export": config.export.model_copy(update={"auto_approve": False})}
+    )
+    with pytest.raises(ConfigError, match="campaign approve"):
+        run_job("export_audience", spark, unapproved)
+    handed = run_job("export_audience", spark, config)
+    assert handed.rows == {"recipients": len(mailed) - 1, "withdrawn": 1}
+    content = storage.read_bytes(handed.facts["file"])
+    listed = list(csv.DictReader(content.decode().splitlines()))
+    assert [r["user_id"] for r in listed] == sorted(mailed - {gone}, key=audience.__getitem__)
+    assert [int(r["rank"]) for r in listed] == [audience[r["user_id"]] for r in listed]
+    second = run_job("export_audience", spark, config)
+    assert second.facts == handed.facts | {"already_exported": True}
+    assert Path(handed.facts["file"]).read_bytes() == content
+
+    # The consent has changed, so selecting again would change a list that is out.
+    with pytest.raises(ConflictError, match="approved or handed over"):
+        run_job("select_audience", spark, config)
+    assert tables.version(spark, root_uri, "assignments") == versions[0]
+
+
+def test_a_list_that_the_ledger_does_not_mail_is_refused(spark: SparkSession) -> None:
+    from couponflow.campaign import export
+
+    consent = spark.createDataFrame([("u1", None), ("u2", None)], "user_id string, consent_reason string")
+    base = {"campaign_id": "18", "version": "v"}
+    audience = make_frame(
+        spark, "audience", [make_row("audience", user_id=f"u{n}", rank=n, **base) for n in (1, 2)]
+    )
+    for arms, message in (
+        (["treat", "control"], "arm control"),
+        (["treat", "holdout"], "arm holdout"),
+        (["treat"], "arm None"),
+        (["treat", "treat", "treat"], "rank None"),
+    ):
+        rows = [make_row("assignments", user_id=f"u{n}", arm=arm, **base) for n, arm in enumerate(arms, 1)]
+        with pytest.raises(DataError, match=message):
+            export.recipients(audience, make_frame(spark, "assignments", rows), consent)

@@ -1,0 +1,98 @@
+"""Logistic regression and the blend against their optimality conditions and planted truth."""
+
+import numpy as np
+import pytest
+import torch
+
+from couponflow.errors import DataError
+from couponflow.models.batch import random_batch
+from couponflow.models.bundle import Bundle, Logistic
+from couponflow.training import baselines, metrics
+
+SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def planted(size: int = 3000, num_features: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    wide = generator.normal(3.0, 2.0, (size, num_features))
+    truth = (wide - 3.0) @ np.array([0.8, -0.4] + [0.0] * (num_features - 2)) - 1.0
+    return wide, (generator.random(size) < sigmoid(truth)).astype(float)
+
+
+def test_logistic_satisfies_its_optimality_conditions() -> None:
+    wide, label = planted()
+    model = baselines.fit_logistic(wide, label, 0.1)
+    z = (wide - wide.mean(0)) / wide.std(0)
+    gap = sigmoid(z @ model.coef + model.intercept) - label
+    assert np.abs(gap.sum()) < 1e-2  # the intercept carries no penalty
+    assert np.abs(0.1 * z.T @ gap + model.coef).max() < 1e-2
+    assert model.coef[0] / 2.0 == pytest.approx(0.8, abs=0.12)
+
+
+def test_logistic_repeats_bit_for_bit_and_ignores_constants() -> None:
+    wide, label = planted()
+    wide[:, 3] = 0.1  # not representable: its computed sd is not exactly zero
+    one, two = (baselines.fit_logistic(wide, label, 0.1) for _ in range(2))
+    assert one.to_dict() == two.to_dict()
+    assert (one.coef[3], one.sd[3]) == (0.0, 0.0)
+
+
+def test_one_class_and_non_finite_features_are_refused() -> None:
+    wide, label = planted(50)
+    with pytest.raises(DataError, match="0 positives in 50 rows"):
+        baselines.fit_logistic(wide, np.zeros(50), 0.1)
+    wide[3, 1] = np.nan
+    with pytest.raises(DataError, match="not finite"):
+        baselines.fit_logistic(wide, label, 0.1)
+
+
+def test_blend_is_better_than_both_members_and_calibrated() -> None:
+    generator = np.random.default_rng(4)
+    a, b = generator.normal(size=(2, 4000))
+    label = (generator.random(4000) < sigmoid(1.2 * a + 0.8 * b - 1.5)).astype(float)
+    batch = random_batch(torch.Generator().manual_seed(0), 6, num_wide=35)
+    zero = np.zeros(35)
+    members = {
+        kind: Bundle(Logistic(zero + number, 0.1, zero, zero + 1), "v1", SIZES)
+        for number, kind in enumerate(("dien", "logistic"), start=1)
+    }
+    users = [f"u{n // 2}" for n in range(4000)]
+    bundle = baselines.blend_bundle(members, {"dien": a, "logistic": b}, label, users)
+    weights = bundle.model.weights
+    assert (weights["dien"], weights["logistic"]) == (
+        pytest.approx(1.2, abs=0.2),
+        pytest.approx(0.8, abs=0.2),
+    )
+    blended = weights["dien"] * a + weights["logistic"] * b + bundle.model.intercept
+    assert metrics.auc(blended, label) > max(metrics.auc(a, label), metrics.auc(b, label)) + 0.02
+    assert metrics.ece(bundle.probabilities(blended), label) < 0.03
+    assert 0.8 < bundle.calibrator.slope < 1.1
+    expected = sum(weights[kind] * member.logits(batch) for kind, member in members.items())
+    assert bundle.logits(batch) == pytest.approx(expected + bundle.model.intercept, abs=1e-12)
+
+
+def test_calibration_of_the_blend_is_cross_fitted() -> None:
+    """Members of pure noise: in-sample logits look informative, honest ones get a smaller slope."""
+    generator = np.random.default_rng(1)
+    logits = {kind: generator.normal(size=80) for kind in ("dien", "logistic")}
+    label = (generator.random(80) < 0.4).astype(float)
+    zero = np.zeros(35)
+    members = {kind: Bundle(Logistic(zero, 0.0, zero, zero + 1), "v1", SIZES) for kind in logits}
+    bundle = baselines.blend_bundle(members, logits, label, [f"u{n}" for n in range(80)])
+    in_sample = baselines.fit_platt(
+        sum(bundle.model.weights[k] * logits[k] for k in logits) + bundle.model.intercept, label
+    )
+    assert bundle.calibrator.slope < in_sample.slope - 0.3
+
+
+def test_folds_keep_users_together_and_are_balanced() -> None:
+    fold = baselines.user_fold([f"u{n}" for n in range(2000)] * 2)
+    assert np.array_equal(fold[:2000], fold[2000:])
+    assert 0.45 < fold.mean() < 0.55
+    assert (
+        baselines.user_fold(["u1", "u2", "u3"]).tolist() == baselines.user_fold(["u1", "u2", "u3"]).tolist()
+    )

@@ -1,0 +1,258 @@
+import math
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from couponflow.config import ModelConfig
+from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
+from couponflow.models.dien import Dien, Output
+from couponflow.models.layers import Cell
+
+CELLS: tuple[Cell, ...] = get_args(Cell)
+NUM_WIDE = 5
+SMALL: dict[str, Any] = {
+    "item_dim": 3,
+    "category_dim": 4,
+    "shop_dim": 2,
+    "type_dim": 2,
+    "gap_dim": 2,
+    "hidden_dim": 5,
+    "attention_dims": (6, 4),
+    "auxiliary_dims": (6, 4),
+    "head_dims": (8, 4),
+    "dropout": 0.0,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors: a second thread only waits, badly so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network(**over: Any) -> Dien:
+    torch.manual_seed(0)
+    return Dien(ModelConfig(**(SMALL | over)), RANDOM_SIZES, NUM_WIDE)
+
+
+def trained(**over: Any) -> Dien:
+    """Weights and statistics away from their start, as after training; scoring must not depend on mates."""
+    made = network(**over)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in made.named_parameters():
+            value.add_(0.5 * torch.randn(value.shape, generator=generator))
+            if name.endswith(("item.weight", "category.weight", "shop.weight", "event_type.weight")):
+                value[0] = 0.3  # what a custom initialisation may leave in the padding row
+    made.train()
+    made(rows(64, seed=2))
+    return made.eval()
+
+
+def rows(size: int, seed: int = 0, **over: Any) -> Batch:
+    return random_batch(torch.Generator().manual_seed(seed), size, num_wide=NUM_WIDE, **over)
+
+
+def loss_of(output: Output, batch: Batch, alpha: float = 1.0) -> Tensor:
+    label_sum = binary_cross_entropy_with_logits(output.logits, batch.label, reduction="sum")
+    return label_sum / max(batch.size, 1) + alpha * output.aux_sum / output.aux_count.clamp_min(1)
+
+
+def padded_by(batch: Batch, extra: int, fill: int) -> Batch:
+    """More padding steps that hold garbage, and two more absent members."""
+    widened = {
+        field.name: torch.nn.functional.pad(getattr(batch, field.name), (0, extra), value=fill)
+        for field in fields(Batch)
+        if field.name.startswith(("hist_", "neg_"))
+    }
+    members = {
+        name: torch.nn.functional.pad(getattr(batch, name), (0, 2))
+        for name in ("cand_item", "cand_category", "cand_shop")
+    }
+    return replace(batch, **widened, **members)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_row_alone_equals_the_row_in_a_batch(cell: Cell) -> None:
+    made, batch = trained(cell=cell), rows(9, length=[0, 5, 2, 12, 1, 0, 3, 12, 7])
+    together = made(batch).logits
+    alone = torch.cat([made(batch.take([row])).logits for row in range(batch.size)])
+    torch.testing.assert_close(alone, together, atol=2e-6, rtol=1e-5)
+    assert together.std() > 1e-3
+
+
+def test_two_events_alone_and_beside_a_longer_user() -> None:
+    made = trained()
+    both = rows(2, length=[2, 5])
+    torch.testing.assert_close(made(both.take([0])).logits, made(both).logits[:1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_more_padding_changes_nothing(cell: Cell) -> None:
+    made, batch = trained(cell=cell), rows(8)
+    wider = padded_by(batch, extra=4, fill=1)
+    torch.testing.assert_close(made(wider).logits, made(batch).logits)
+    made.train()
+    before, after = made(batch), made(wider)
+    torch.testing.assert_close(after.logits, before.logits)
+    torch.testing.assert_close(after.aux_sum, before.aux_sum)
+    assert after.aux_count == before.aux_count > 0
+
+
+def test_order_of_rows_and_members_is_irrelevant() -> None:
+    made, batch = trained(), rows(8)
+    order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    torch.testing.assert_close(made(batch.take(order)).logits, made(batch).logits[order])
+    turned = {name: getattr(batch, name).flip(1) for name in ("cand_item", "cand_category", "cand_shop")}
+    torch.testing.assert_close(made(replace(batch, **turned)).logits, made(batch).logits)
+
+
+def test_the_order_of_events_matters() -> None:
+    made, batch = trained(), rows(4, length=[6, 6, 6, 6])
+    turned = {
+        field.name: getattr(batch, field.name).flip(1)
+        for field in fields(Batch)
+        if field.name.startswith("hist_")
+    }
+    assert (made(replace(batch, **turned)).logits - made(batch).logits).abs().max() > 1e-4
+
+
+def test_candidate_is_the_mean_of_members_and_absent_fields_are_zero() -> None:
+    made = trained()
+    batch = replace(
+        rows(2),
+        cand_item=torch.tensor([[4, 0, 0], [0, 0, 0]]),
+        cand_category=torch.tensor([[0, 6, 0], [0, 0, 0]]),
+        cand_shop=torch.tensor([[2, 3, 0], [0, 0, 0]]),
+    )
+    item, category = made.item.weight[4], made.category.weight[6]
+    expected = torch.cat([item, category, made.shop.weight[2] + made.shop.weight[3]]) / 2
+    found = made._candidate(batch)
+    torch.testing.assert_close(found[0], expected)
+    assert not found[1].any()
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("lengths", [[0], [1], [0, 0, 0], [4]], ids=str)
+def test_empty_histories_and_single_rows(lengths: list[int], is_training: bool) -> None:
+    made = network().train(is_training)
+    batch = rows(len(lengths), length=lengths, max_members=0)
+    output = made(batch)
+    assert output.logits.shape == (len(lengths),)
+    loss_of(output, batch).backward()
+    for name, value in made.named_parameters():
+        assert value.grad is None or torch.isfinite(value.grad).all(), name
+    if max(lengths) < 2:
+        assert output.aux_sum.item() == output.aux_count.item() == 0.0
+
+
+@pytest.mark.parametrize("scorer", ["mlp", "dot"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_batch_of_zero_rows_gives_zero_gradients_to_all(cell: Cell, scorer: str) -> None:
+    made = network(cell=cell, auxiliary_scorer=scorer).train()
+    output = made(empty_batch(NUM_WIDE))
+    assert output.logits.shape == (0,)
+    assert output.aux_sum.item() == output.aux_count.item() == 0.0
+    (output.logits.sum() + output.aux_sum).backward()
+    for name, value in made.named_parameters():
+        assert value.grad is not None, name
+        assert not value.grad.any(), name
+
+
+@pytest.mark.parametrize("scorer", ["mlp", "dot"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_parameter_gets_a_gradient(cell: Cell, scorer: str) -> None:
+    made, batch = network(cell=cell, auxiliary_scorer=scorer).train(), rows(32)
+    loss_of(made(batch), batch).backward()
+    without = [name for name, value in made.named_parameters() if value.grad is None or not value.grad.any()]
+    assert without == []
+    assert not made.item.weight.grad[0].any()  # type: ignore[index]  # just checked to be there
+
+
+def test_auxiliary_loss_counts_drawn_pairs_while_training() -> None:
+    made, batch = network().train(), rows(16)
+    pairs = batch.mask & ((batch.neg_item > 0) | (batch.neg_category > 0))
+    assert made(batch).aux_count.item() == pairs[:, 1:].sum().item()
+    nothing = replace(
+        batch, neg_item=torch.zeros_like(batch.neg_item), neg_category=torch.zeros_like(batch.neg_category)
+    )
+    assert made(nothing).aux_count.item() == made(nothing).aux_sum.item() == 0.0
+    assert made.eval()(batch).aux_count.item() == 0.0
+
+
+def test_auxiliary_weight_zero_switches_the_loss_off() -> None:
+    made, batch = network(auxiliary_weight=0.0).train(), rows(16)
+    output = made(batch)
+    assert output.aux_sum.item() == output.aux_count.item() == 0.0
+    assert not [name for name, _ in made.named_parameters() if name.startswith("auxiliary")]
+    loss_of(output, batch).backward()
+    assert all(value.grad is not None for value in made.parameters())
+
+
+def test_switches_change_the_numbers() -> None:
+    batch = rows(16)
+    logits = {str(over): trained(**over).eval()(batch).logits for over in [{"cell": cell} for cell in CELLS]}
+    logits["no norm"] = trained(final_norm=False)(batch).logits
+    logits["no skip"] = trained(wide_skip=False)(batch).logits
+    names = sorted(logits)
+    for n, first in enumerate(names):
+        for second in names[n + 1 :]:
+            assert (logits[first] - logits[second]).abs().max() > 1e-4, (first, second)
+
+
+def test_training_starts_near_the_base_rate() -> None:
+    made = network()
+    made.set_base_rate(0.1)
+    logits = made.eval()(rows(64)).logits
+    assert logits.mean().item() == pytest.approx(math.log(0.1 / 0.9), abs=0.2)
+    for embedding in (made.item, made.category, made.shop, made.event_type):
+        assert not embedding.weight[0].any()
+        assert embedding.weight[1:].std().item() == pytest.approx(0.05, rel=0.5)
+    made.set_base_rate(0.0)
+    assert math.isfinite(made.last.bias.item())
+
+
+def test_aggregates_are_standardised_and_a_constant_one_is_harmless() -> None:
+    made, batch = trained(), rows(8)
+    plain = made(batch).logits
+    mean, sd = torch.arange(5.0), torch.tensor([2.0, 0.5, 3.0, 1.0, 0.0])
+    made.set_wide_statistics(mean, sd)
+    scaled = replace(batch, wide=batch.wide * torch.tensor([2.0, 0.5, 3.0, 1.0, 1.0]) + mean)
+    torch.testing.assert_close(made(scaled).logits, plain, atol=1e-5, rtol=1e-5)
+    assert "wide_mean" in made.state_dict()
+
+
+def test_one_logit_per_row_costs_what_two_would() -> None:
+    # Two-column logits [[2, 0], [0, 0]] with labels 0, 1 are one logit -2, 0: mean over rows, not columns.
+    logits, labels = torch.tensor([0.0 - 2.0, 0.0]), torch.tensor([0.0, 1.0])
+    assert binary_cross_entropy_with_logits(logits, labels).item() == pytest.approx(0.410038, abs=1e-6)
+    assert network().eval()(rows(1)).logits.shape == (1,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_no_nan(dtype: torch.dtype) -> None:
+    made = trained().to(dtype)
+    logits = made(rows(6, length=[0, 3, 0, 12, 1, 2])).logits
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("scorer", ["mlp", "dot"])
+def test_overfits_64_rows(scorer: str) -> None:
+    made, batch = network(auxiliary_scorer=scorer).train(), rows(64)
+    optimiser = torch.optim.Adam(made.parameters(), lr=0.02)
+    for _ in range(80):
+        optimiser.zero_grad()
+        loss = loss_of(made(batch), batch)
+        loss.backward()
+        optimiser.step()
+    assert binary_cross_entropy_with_logits(made(batch).logits, batch.label).item() < 0.05
+    assert binary_cross_entropy_with_logits(made.eval()(batch).logits, batch.label).item() < 0.1

@@ -1,0 +1,126 @@
+import json
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from couponflow.campaign import export
+from couponflow.errors import ConfigError, ConflictError, DataError
+from couponflow.lake import runs, storage
+
+DAY = date(2024, 1, 10)
+ROWS = export.Recipients([("u1", "18", "v1", None, 1), ('u,"2', "18", "v1", "c9", 3)], num_withdrawn=1)
+
+
+def handover(folder: Path, version: str = "v1", run_id: str = "export-1", day: date = DAY) -> export.Handover:
+    return export.Handover(str(folder / "lake"), str(folder / "out"), "18", version, day, run_id)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_list_is_plain_csv() -> None:
+    assert export.render(ROWS.rows) == (
+        b'user_id,campaign_id,version,coupon_id,rank\nu1,18,v1,,1\n"u,""2",18,v1,c9,3\n'
+    )
+
+
+def test_list_then_manifest_and_a_second_hand_over_changes_nothing(tmp_path: Path) -> None:
+    first = export.hand_over(handover(tmp_path), ROWS, "select-1")
+    before = contents(tmp_path / "out")
+    assert set(before) == {"18/v1/audience.csv", "18/v1/manifest.json"}
+    manifest = json.loads(before["18/v1/manifest.json"])
+    assert manifest == {
+        "schema_version": 1,
+        "campaign_id": "18",
+        "version": "v1",
+        "run_date": "2024-01-10",
+        "run_id": "select-1",
+        "file": "audience.csv",
+        "columns": list(export.COLUMNS),
+        "num_recipients": 2,
+        "num_withdrawn": 1,
+        "sha256": storage.sha256(before["18/v1/audience.csv"]),
+    }
+    again = export.finished(handover(tmp_path, run_id="export-2"))
+    assert again == first | {"already_exported": True}
+    # Two runs that both missed the manifest agree as well.
+    assert export.hand_over(handover(tmp_path, run_id="export-3"), ROWS, "select-1") == first
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_crash_between_list_and_manifest_is_no_list_and_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = storage.create
+
+    def dies_before_manifest(uri: str, content: bytes, run_id: str) -> None:
+        if uri.endswith("manifest.json"):
+            raise OSError("killed")
+        create(uri, content, run_id)
+
+    monkeypatch.setattr(storage, "create", dies_before_manifest)
+    with pytest.raises(OSError, match="killed"):
+        export.hand_over(handover(tmp_path), ROWS, "select-1")
+    assert set(contents(tmp_path / "out")) == {"18/v1/audience.csv"}
+    assert export.finished(handover(tmp_path)) is None
+    monkeypatch.undo()
+    facts = export.hand_over(handover(tmp_path, run_id="export-2"), ROWS, "select-1")
+    assert facts["num_recipients"] == 2
+    assert export.finished(handover(tmp_path)) is not None
+
+
+def test_a_changed_list_is_noticed(tmp_path: Path) -> None:
+    export.hand_over(handover(tmp_path), ROWS, "select-1")
+    path = tmp_path / "out" / "18" / "v1" / "audience.csv"
+    path.write_bytes(path.read_bytes().replace(b"u1", b"u9"))
+    with pytest.raises(DataError, match="another checksum"):
+        export.finished(handover(tmp_path))
+
+
+def test_other_content_under_the_same_version_is_a_conflict(tmp_path: Path) -> None:
+    export.hand_over(handover(tmp_path), ROWS, "select-1")
+    with pytest.raises(ConflictError, match="other content"):
+        export.hand_over(handover(tmp_path), export.Recipients(ROWS.rows[:1], 2), "select-1")
+
+
+def test_a_second_version_of_the_same_run_date_is_refused(tmp_path: Path) -> None:
+    export.hand_over(handover(tmp_path), ROWS, "select-1")
+    export.check_only_version(handover(tmp_path))
+    export.check_only_version(handover(tmp_path, "v2", day=date(2024, 1, 11)))
+    with pytest.raises(ConflictError, match="v1 was handed over already"):
+        export.check_only_version(handover(tmp_path, "v2"))
+
+
+def test_approval_and_recall(tmp_path: Path) -> None:
+    task = handover(tmp_path)
+    export.check_approval(task, auto_approve=True)
+    with pytest.raises(ConfigError, match="couponflow campaign approve --campaign 18 --version v1"):
+        export.check_approval(task, auto_approve=False)
+    assert not export.is_final(task)
+    storage.create(task.note("approvals"), b"{}", "r")
+    export.check_approval(task, auto_approve=False)
+    assert export.is_final(task)
+    storage.create(task.note("recalls"), b"{}", "r")
+    with pytest.raises(ConfigError, match="recalled"):
+        export.check_approval(task, auto_approve=True)
+
+
+def test_an_empty_list_is_a_list(tmp_path: Path) -> None:
+    assert export.hand_over(handover(tmp_path), export.Recipients([], 0), "s")["num_recipients"] == 0
+    done = export.finished(handover(tmp_path))
+    assert done is not None
+    assert done["num_recipients"] == 0
+
+
+def test_the_newest_successful_selection_names_the_version(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    with pytest.raises(DataError, match="run select_audience first"):
+        export.decided_version(root, "18", "2024-01-10:2024-01-10")
+    for number, (campaign, status) in enumerate([("18", "ok"), ("18", "ok"), ("19", "ok"), ("18", "failed")]):
+        record = runs.start("select_audience", "2024-01-10:2024-01-10", {"campaign": campaign}, "f")
+        record.started_time = f"2024-01-10T00:00:0{number}+00:00"
+        record.facts = {"campaign_id": campaign, "version": f"v{number}"}
+        runs.finish(root, record, status)
+    assert export.decided_version(root, "18", "2024-01-10:2024-01-10") == "v1"

@@ -1,0 +1,279 @@
+"""The door to Petastorm, on tiny Parquet files; two ranks run as two threads around a barrier."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import ArrayLike
+
+from couponflow.errors import ConfigError, ConflictError, DataError
+from couponflow.lake import schemas
+from couponflow.training import feed
+from couponflow.training.launch import Workers
+
+SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
+
+
+def make_example(number: int, split: str = "train", length: int = 2) -> dict[str, object]:
+    """A row whose first aggregate is its number."""
+    wide = np.r_[number, np.random.default_rng(number).normal(size=len(schemas.WIDE_FEATURES) - 1)]
+    generator = np.random.default_rng([number, 1])
+    history = np.c_[generator.integers(1, 8, (length, 4)), np.arange(length, 0, -1) * 1440]
+    return {
+        "example_id": f"c{number % 3}:u{number}:2024-01-10",
+        "user_id": f"u{number}",
+        "target_id": f"c{number % 3}",
+        "split": split,
+        "label": number % 2,
+        "history": history.astype("<i4").tobytes(),
+        "negatives": generator.integers(1, 8, (length, 2)).astype("<i4").tobytes(),
+        "target": np.array([[number % 7 + 1, 2, 3]], "<i4").tobytes(),
+        "wide": wide.astype("<f4").tobytes(),
+    }
+
+
+def write_file(folder: Path, name: str, rows: list[dict[str, object]], rows_per_group: int = 100) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows)
+    index = table.schema.get_field_index("label")
+    table = table.set_column(index, "label", table["label"].cast(pa.int32()))
+    pq.write_table(table, folder / name, row_group_size=rows_per_group)
+    return (folder / name).absolute().as_uri()
+
+
+def make_dataset(folder: Path, sizes: tuple[int, ...], valid: int = 1) -> feed.Dataset:
+    """One file per size, numbered on; ``valid`` rows of each file are of split valid."""
+    files: dict[str, dict[str, int]] = {"train": {}, "valid": {}}
+    number = 0
+    for place, size in enumerate(sizes):
+        rows = [make_example(number + n, "train" if n >= valid else "valid", n % 4) for n in range(size)]
+        uri = write_file(folder, f"part-{place}.parquet", rows)
+        files["train"][uri] = size - min(valid, size)
+        files["valid"][uri] = min(valid, size)
+        number += size
+    return feed.Dataset(3, "v1", SIZES, schemas.WIDE_FEATURES, files)
+
+
+class Thread(Workers):
+    """A rank of a group of threads."""
+
+    def __init__(
+        self, rank: int, size: int, barrier: threading.Barrier, board: dict[int, np.ndarray]
+    ) -> None:
+        self.rank, self.size, self._barrier, self._board = rank, size, barrier, board
+
+    def allreduce_sum(self, values: ArrayLike) -> np.ndarray:
+        self._board[self.rank] = np.atleast_1d(np.asarray(values, np.float64))
+        self._barrier.wait(timeout=20)
+        total = np.sum([self._board[rank] for rank in range(self.size)], axis=0)
+        self._barrier.wait(timeout=20)
+        return total
+
+
+def run_ranks(size: int, work) -> list[object]:
+    """What ``work(workers)`` returns, or raises, on each rank."""
+    barrier, board, results = threading.Barrier(size), {}, [None] * size
+
+    def one(rank: int) -> None:
+        try:
+            results[rank] = work(Thread(rank, size, barrier, board))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return results
+
+
+def numbers(batches: Iterator) -> list[list[int]]:
+    return [batch.wide[:, 0].int().tolist() for batch in batches]
+
+
+def flat(steps: list[list[int]]) -> list[int]:
+    return [number for step in steps for number in step]
+
+
+def test_every_row_of_the_split_once_and_as_stored(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, (5, 3, 6), valid=2)
+    found = feed.Feed(dataset, "train", Workers(), 4)
+    batches = list(found.epoch())
+    assert [b.size for b in batches] == [4, 4]
+    rows = sorted(flat(numbers(batches)))
+    assert rows == [2, 3, 4, 7, 10, 11, 12, 13]
+    examples = {number: make_example(number, length=0) for number in rows}
+    for batch in batches:
+        for place, number in enumerate(batch.wide[:, 0].int().tolist()):
+            assert batch.label[place] == number % 2
+            assert np.float32(batch.wide[place]).tobytes() == examples[number]["wide"]
+    assert sorted(flat(numbers(feed.Feed(dataset, "valid", Workers(), 100).epoch()))) == [0, 1, 5, 6, 8, 9]
+
+
+def test_equal_steps_and_conservation_with_uneven_shards(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, (10, 2, 9, 2, 7), valid=1)
+
+    def work(workers: Workers) -> list[list[int]]:
+        return numbers(feed.Feed(dataset, "train", workers, 6, shuffle_rows=50, seed=1).epoch(2))
+
+    left, right = run_ranks(2, work)
+    assert len(left) == len(right) == 8  # 23 rows in shards of 9+8+6 and 1+1
+    assert [len(step) for step in right] == [2, 0, 0, 0, 0, 0, 0, 0]
+    expected = Counter(n for n in range(30) if n not in (0, 10, 12, 21, 23))
+    assert Counter(flat(left + right)) == expected
+
+
+def test_a_rank_without_any_row_of_the_split_yields_fillers(tmp_path: Path) -> None:
+    first = write_file(tmp_path, "a.parquet", [make_example(n) for n in range(5)])
+    second = write_file(tmp_path, "b.parquet", [make_example(n, "valid") for n in range(5, 8)])
+    files = {"train": {first: 5, second: 0}}
+    dataset = feed.Dataset(1, "v1", SIZES, schemas.WIDE_FEATURES, files)
+    left, right = run_ranks(2, lambda workers: numbers(feed.Feed(dataset, "train", workers, 4).epoch()))
+    assert [len(step) for step in left] == [2, 2, 1]
+    assert right == [[], [], []]
+
+
+def test_shuffling_repeats_by_seed_and_epoch(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, (8, 8, 8, 8), valid=0)
+
+    def order(seed: int, number: int) -> list[list[int]]:
+        return numbers(feed.Feed(dataset, "train", Workers(), 8, shuffle_rows=10, seed=seed).epoch(number))
+
+    assert order(1, 0) == order(1, 0)
+    assert len({str(order(seed, n)) for seed, n in ((1, 0), (1, 1), (2, 0), (3, 5))}) == 4
+    assert sorted(flat(order(1, 0))) == list(range(32))
+
+
+@pytest.mark.parametrize("said", [3, 5])
+def test_rows_that_differ_from_the_manifest_stop_all_ranks(tmp_path: Path, said: int) -> None:
+    first = write_file(tmp_path, "a.parquet", [make_example(n, "train" if n else "valid") for n in range(5)])
+    second = write_file(tmp_path, "b.parquet", [make_example(n) for n in range(5, 8)])
+    dataset = feed.Dataset(1, "v1", SIZES, schemas.WIDE_FEATURES, {"train": {first: said, second: 3}})
+    found = run_ranks(2, lambda workers: list(feed.Feed(dataset, "train", workers, 4).epoch()))
+    assert all(isinstance(error, DataError) for error in found), found
+    assert f"expected {said + 3} rows, read 7" in str(found[0])
+    with pytest.raises(DataError, match=f"expected {said + 3} rows, read 7"):
+        feed.read_all(dataset, "train")
+
+
+def test_damaged_data_stops_all_ranks_and_names_the_file(tmp_path: Path) -> None:
+    good = write_file(tmp_path, "a.parquet", [make_example(n) for n in range(300)])
+    bad = write_file(tmp_path, "b.parquet", [make_example(n) for n in range(300)])
+    path = tmp_path / "b.parquet"
+    content = bytearray(path.read_bytes())
+    content[4:4000] = bytes(3996)
+    path.write_bytes(content)
+    dataset = feed.Dataset(1, "v1", SIZES, schemas.WIDE_FEATURES, {"train": {good: 300, bad: 300}})
+    left, right = run_ranks(2, lambda workers: list(feed.Feed(dataset, "train", workers, 64).epoch()))
+    assert isinstance(left, DataError)
+    assert isinstance(right, DataError)
+    assert "another rank" in str(left)
+    assert bad in str(right)
+
+
+def test_missing_file_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, (4, 4))
+    (tmp_path / "part-1.parquet").unlink()
+    with pytest.raises(DataError, match=r"part-1.parquet .* does not exist"):
+        feed.Feed(dataset, "train", Workers(), 4)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 not parquet"])
+def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, content: bytes) -> None:
+    dataset = make_dataset(tmp_path, (4, 4))
+    (tmp_path / "part-0.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"part-0.parquet is no readable Parquet file"):
+        feed.check(dataset, "train")
+
+
+def test_more_ranks_than_row_groups(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, (4, 4, 4))
+    feed.check(dataset, "train", num_ranks=3)
+    with pytest.raises(ConfigError, match="has 3 row groups, need >= 4 for 4 ranks"):
+        feed.check(dataset, "train", num_ranks=4)
+
+
+def test_fewer_rows_per_step_than_ranks(tmp_path: Path) -> None:
+    workers = Workers()
+    workers.size = 3
+    with pytest.raises(ConfigError, match="batch_size = 2"):
+        feed.Feed(make_dataset(tmp_path, (4, 4, 4)), "train", workers, 2)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [("label", "1", "expected int32, found string"), ("history", None, "expected binary, found nothing")],
+)
+def test_drifted_columns_are_named(tmp_path: Path, column: str, value: object, message: str) -> None:
+    rows = [make_example(n) for n in range(3)]
+    table = pa.Table.from_pylist(rows).drop([column])
+    if value is not None:
+        table = table.append_column(column, pa.array([value] * 3))
+    pq.write_table(table, tmp_path / "x.parquet")
+    files = {"train": {(tmp_path / "x.parquet").as_uri(): 3}}
+    with pytest.raises(DataError, match=f"column .*x.parquet: {message}"):
+        feed.check(feed.Dataset(1, "v1", SIZES, schemas.WIDE_FEATURES, files), "train", columns=(column,))
+
+
+@pytest.mark.parametrize("where", ["_common_metadata", "part-0.parquet"])
+def test_pickled_metadata_is_refused(tmp_path: Path, where: str) -> None:
+    dataset = make_dataset(tmp_path, (4,))
+    table = pq.read_table(tmp_path / "part-0.parquet")
+    marked = table.replace_schema_metadata({b"dataset-toolkit.unischema.v1": b"cos\nsystem\n(S'true'\ntR."})
+    if where == "_common_metadata":
+        pq.write_metadata(marked.schema, tmp_path / where)
+    else:
+        pq.write_table(marked, tmp_path / where)
+    with pytest.raises(DataError, match=f"{where} carries pickled Petastorm metadata"):
+        feed.check(dataset, "train")
+
+
+def test_no_rows_of_a_split(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no rows of split test"):
+        feed.check(make_dataset(tmp_path, (4,)), "test")
+
+
+def test_read_all_is_ordered_by_example_and_carries_ids(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, (5, 6), valid=1)
+    rows = feed.read_all(dataset, "train")
+    ids = [row.example_id for row in rows]
+    assert ids == sorted(f"c{n % 3}:u{n}:2024-01-10" for n in range(11) if n not in (0, 5))
+    assert all(row.user_id == row.example_id.split(":")[1] for row in rows)
+    assert sum(batch.size for batch in feed.batches(rows, 4)) == 9
+
+
+def test_manifest_round_trip_pointer_and_immutability(tmp_path: Path) -> None:
+    root = str(tmp_path / "lake")
+    files = {"train": {"file:///a": 3}, "valid": {"file:///a": 1}}
+    uri = feed.write_manifest(root, 4, files, "voc-1", SIZES, "run-1")
+    assert uri.endswith("datasets/training_examples-v4.json")
+    assert feed.write_manifest(root, 4, files, "voc-1", SIZES, "run-2") == uri  # a rerun writes the same
+    with pytest.raises(ConflictError, match="other content"):
+        feed.write_manifest(root, 4, {"train": {"file:///b": 3}}, "voc-1", SIZES, "run-3")
+    feed.write_manifest(root, 5, {"train": {"file:///b": 7}}, "voc-2", SIZES, "run-4")
+    assert feed.load_manifest(root).table_version == 5
+    old = feed.load_manifest(root, 4)
+    assert (old.files, old.vocabulary_version, old.vocabulary_sizes) == (files, "voc-1", SIZES)
+    assert old.rows("train") == 3
+
+
+def test_missing_damaged_and_foreign_manifests(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        feed.load_manifest(str(tmp_path))
+    path = tmp_path / "datasets" / "training_examples.json"
+    path.parent.mkdir()
+    path.write_text("{}")
+    with pytest.raises(DataError, match="is no dataset manifest"):
+        feed.load_manifest(str(tmp_path))
+    feed.write_manifest(str(tmp_path / "b"), 1, {}, "v", SIZES, "r")
+    tree = json.loads((tmp_path / "b/datasets/training_examples.json").read_text())
+    path.write_text(json.dumps(tree | {"wide_features": ["spend"]}))
+    with pytest.raises(DataError, match="lists 1 aggregates that differ"):
+        feed.load_manifest(str(tmp_path))

@@ -1,0 +1,589 @@
+"""The report shows what the records say, flags what disagrees, and never leaves its file."""
+
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from couponflow.campaign import charts, report
+from couponflow.campaign.report import ReportInputs
+from couponflow.errors import ConflictError
+
+MINUS = charts.MINUS
+DIEN, LOGISTIC, BLEND = "dien-3f9ab2c1d4e5", "logistic-81c0ffee90ab", "blend-0d1e2f3a4b5c"
+
+
+def make_inputs(**changes: Any) -> ReportInputs:
+    """A full report in the size of the real data: 2,469 users, 1,460,047 events."""
+    return replace(
+        ReportInputs(
+            campaign={
+                "campaign_id": "18",
+                "campaign_type": "Type A",
+                "start_date": "2017-10-30",
+                "end_date": "2017-12-24",
+                "num_coupons": 209,
+                "categories": ["YOGURT", "CHEESE", "FROZEN PIZZA", "SOFT DRINKS", "COFFEE", "CEREAL"],
+            },
+            selection=make_selection(),
+            export={
+                "folder": "var/export/campaign=18/version=1",
+                "file": "audience.csv",
+                "num_recipients": 412,
+                "sha256": "9f2c" * 16,
+                "manifest": "manifest.json",
+                "already_exported": False,
+            },
+            score={
+                "model_version": DIEN,
+                "kind": "dien",
+                "num_users": 2469,
+                "cold_start_users": 37,
+                "users_per_second": 1843.2,
+                "mean_probability": 0.1172,
+            },
+            score_histogram=make_histogram(),
+            evaluation=make_evaluation(),
+            stages=make_stages(),
+            conservation=make_conservation(),
+            verdicts=[
+                make_verdict("events", "1 day behind", "at most 1 day"),
+                make_verdict("sends", "0 days behind", "at most 1 day"),
+                make_verdict("consents", "snapshot of 2017-10-30", "at most 24 h old"),
+            ],
+            table_versions={"events": 12, "training_examples": 3, "predictions": 5},
+            run_id="run-20171030T040000-1a2b3c4d",
+            config_fingerprint="5d41402abc4b2a76",
+            code_version="b6d767d2f8ed",
+            data_note="84.51 “Complete Journey” receipts: educational data, figures are no evidence.",
+            currency="USD",
+            time_zone="America/New_York",
+        ),
+        **changes,
+    )
+
+
+def make_selection(**changes: Any) -> dict[str, Any]:
+    steps = [
+        ("user_master", "User master", 0, 2469),
+        ("no_consent_record", "No consent record", 143, 2326),
+        ("unsubscribe", "Unsubscribed", 31, 2295),
+        ("bounce", "Address bounced", 0, 2295),
+        ("complaint", "Complained", 0, 2295),
+        ("frequency_cap", "Mailed often enough already", 287, 2008),
+        ("no_prediction", "No usable score", 0, 2008),
+        ("eligible", "Eligible", 0, 2008),
+        ("value", "Not worth a mail", 992, 1016),
+        ("budget", "Budget used up", 534, 482),
+        ("would_select", "Selected", 0, 482),
+        ("holdout", "Withheld: global holdout", 24, 458),
+        ("control", "Withheld: campaign control", 46, 412),
+        ("mailed", "Mailed", 0, 412),
+    ]
+    return {
+        "campaign_id": "18",
+        "version": "2017-10-30-dien-3f9ab2c1d4e5-5d4140",
+        "run_date": "2017-10-30",
+        "model_version": DIEN,
+        "objective": "expected_profit",
+        "num_users": 2469,
+        "waterfall": [
+            {"reason": reason, "label": label, "excluded": excluded, "remaining": remaining}
+            for reason, label, excluded, remaining in steps
+        ],
+        "budget_amount": 120.0,
+        "expected_cost_amount": 119.74,
+        "expected_conversions": 99.1,
+        "expected_profit_amount": 276.83,
+        "binding_constraint": "budget",
+        "shadow_price": 1.42,
+        "control_users": 46,
+        "holdout_users": 24,
+        "mailed_users": 412,
+        "consent_source": "constructed",
+        "consent_snapshot_date": "2017-10-30",
+    } | changes
+
+
+def make_histogram() -> dict[str, Any]:
+    """2,469 users; the 482 selected ones are the most likely, but for some whom a cap left out."""
+    edges = [n / 25 for n in range(26)]
+    counts = [700, 520, 330, 215, 150, 118, 96, 78, 61, 50, 40, 32, 25, 18, 12, 9, 6, 4, 2, 1, 1, 1, 0, 0, 0]
+    chosen = [0, 0, 0, 0, 44, 84, 79, 66, 52, 43, 34, 27, 21, 14, 9, 6, 2, 1, 0, 0, 0, 0, 0, 0, 0]
+    return {"edges": edges, "counts": counts, "selected_counts": chosen}
+
+
+def make_model(version: str, auc: float, ece: float, sharpness: float) -> dict[str, Any]:
+    shares = [n / 20 for n in range(21)]
+    points = [0.012, 0.02, 0.03, 0.041, 0.055, 0.07, 0.09, 0.115, 0.14, 0.17, 0.21, 0.27, 0.36, 0.49, 0.68]
+    return {
+        "model_version": version,
+        "metrics": {
+            "auc": auc, "gauc": auc - 0.005, "pr_auc": auc - 0.27, "log_loss": 0.3232,
+            "normalised_entropy": 0.731,
+            "ece": ece, "ece_uncalibrated": ece + 0.018, "brier": 0.0961, "calibration_ratio": 1.04,
+            "lift": {"0.01": 5.31, "0.05": 4.77, "0.1": 4.14, "0.2": 2.93},
+            "captured": {"0.01": 0.053, "0.05": 0.238, "0.1": 0.414, "0.2": 0.586},
+        },
+        "intervals": {
+            "auc": [auc - 0.028, auc + 0.026], "pr_auc": [auc - 0.33, auc - 0.21],
+            "log_loss": [0.301, 0.347], "ece": [ece - 0.008, ece + 0.014],
+        },
+        "reliability": [
+            {"predicted": p, "observed": max(0.0, p * (1.1 - 0.25 * math.sin(9 * n))), "rows": 110}
+            for n, p in enumerate(points)
+        ],
+        "gain_curve": [{"share": s, "captured": 1 - (1 - s) ** sharpness} for s in shares],
+        "by_campaign": {
+            "16": {"rows": 188, "positives": 12, "auc": 0.727},
+            "17": {"rows": 202, "positives": 15, "auc": 0.781},
+            "18": {"rows": 1133, "positives": 214, "auc": 0.851},
+            "19": {"rows": 130, "positives": 25, "auc": None},
+        },
+    }  # fmt: skip
+
+
+def make_evaluation(**changes: Any) -> dict[str, Any]:
+    dien = make_model(DIEN, 0.839, 0.047, 4.3)
+    dien["reliability_uncalibrated"] = [
+        {"predicted": min(1.0, p["predicted"] * 1.5), "observed": p["observed"], "rows": p["rows"]}
+        for p in dien["reliability"]
+    ]
+    losses = [0.412, 0.371, 0.349, 0.341, 0.338, 0.3365, 0.3371, 0.339, 0.344]
+    return {
+        "run_id": "evaluate-20171030T041000-9f8e7d6c",
+        "dates": "2017-10-04:2017-11-16",
+        "split": "test",
+        "training_examples_version": 3,
+        "num_rows": 1653,
+        "num_positives": 266,
+        "num_users": 1180,
+        "models": {
+            "blend": make_model(BLEND, 0.848, 0.033, 4.9),
+            "dien": dien,
+            "logistic": make_model(LOGISTIC, 0.844, 0.031, 4.6),
+        },
+        "comparisons": [
+            make_comparison("dien", -0.005, [-0.017, 0.008], False),
+            make_comparison("blend", 0.004, [-0.002, 0.011], False),
+        ],
+        "gate": {
+            "champion": "logistic",
+            "challenger": "dien",
+            "decision": "keep_champion",
+            "reasons": [
+                "fails: cut-off 1 of 1: auc difference -0.0050 [-0.0170, +0.0080], minimum detectable 0.0180",
+                "fails: calibration error 0.0470, champion 0.0310",
+                "holds: expected over observed conversions 1.040, allowed 0.9 to 1.1",
+            ],
+        },
+        "training": {
+            "dien": {
+                "epochs": [
+                    {
+                        "epoch": n,
+                        "train_loss": 0.5,
+                        "auxiliary_loss": 0.6,
+                        "valid_log_loss": v,
+                        "valid_auc": 0.8,
+                    }
+                    for n, v in enumerate(losses, 1)
+                ],
+                "num_ranks": 2,
+            }
+        },
+    } | changes
+
+
+def make_comparison(
+    challenger: str, difference: float, interval: list[float], testable: bool
+) -> dict[str, Any]:
+    return {
+        "challenger": challenger,
+        "champion": "logistic",
+        "metric": "auc",
+        "difference": difference,
+        "interval": interval,
+        "standard_error": 0.0064,
+        "minimum_detectable": 0.018 if challenger == "dien" else 0.0094,
+        "is_testable": testable,
+    }
+
+
+def make_stages() -> list[dict[str, Any]]:
+    year = "2017-01-01:2017-12-31"
+    stages = [
+        ("clean_events", year, 71.3, {"events": 1460047, "quarantine": 9260}),
+        ("clean_feeds", year, 22.8, {"sends": 6589, "users": 2469}),
+        ("sessionize", year, 48.1, {"sessions": 143021}),
+        ("attribute_conversions", year, 9.4, {"conversions": 2075}),
+        ("build_examples", year, 64.0, {"training_examples": 4003}),
+        ("train", year, 143.7, {"rows_read": 2703}),
+        ("evaluate", "2017-10-04:2017-11-16", 12.2, {"rows": 1653}),
+        ("score", "2017-10-30", 18.9, {"predictions": 2469}),
+        ("select_audience", "2017-10-30", 7.7, {"audience": 412}),
+        ("export_audience", "2017-10-30", 3.1, {"recipients": 412}),
+    ]
+    return [
+        {"job": job, "dates": dates, "seconds": seconds, "status": "ok", "rows": rows,
+         "run_id": f"{job}-20171030T0400{n:02d}-1a2b3c4d", "skipped": job == "clean_feeds"}
+        for n, (job, dates, seconds, rows) in enumerate(stages)
+    ]  # fmt: skip
+
+
+def make_conservation() -> list[dict[str, Any]]:
+    doors = [
+        ("raw receipts to events", 1469307, 1460047, 9260, 0, 0, "till artefacts"),
+        ("raw sends to sends", 6589, 6589, 0, 0, 0, ""),
+        ("sends to training examples", 6589, 5657, 0, 0, 932, "147 without history, 785 not mature"),
+        ("users to predictions", 2469, 2469, 0, 0, 0, "37 without history are scored too"),
+        ("predictions to audience", 2469, 412, 0, 0, 2057, "see the waterfall"),
+        ("audience to exported file", 412, 412, 0, 0, 0, ""),
+    ]
+    names = ("door", "rows_in", "rows_out", "refused", "duplicates", "left_out", "note")
+    return [dict(zip(names, door, strict=True)) | {"is_balanced": True} for door in doors]
+
+
+def make_verdict(table: str, observed: str, expected: str, verdict: str = "ok") -> dict[str, Any]:
+    return {
+        "table_name": table,
+        "check_name": "freshness",
+        "verdict": verdict,
+        "observed": observed,
+        "expected": expected,
+    }
+
+
+class _Page(HTMLParser):
+    """Text, attributes and nesting of a page; void elements are the only ones left open."""
+
+    VOID = frozenset({"meta", "link", "br", "line", "rect", "circle", "polyline"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.open: list[str] = []
+        self.errors: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.errors.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+
+def test_headline_says_who_is_mailed_what_it_costs_and_who_is_withheld() -> None:
+    text = _Page(report.render(make_inputs())).text
+    assert "412 of 2,469 users get the mail of campaign 18" in text
+    assert "About 99 of them are expected to convert, at an expected cost of USD 119.74" in text
+    assert "budget of USD 120.00" in text
+    assert "Another 46 selected users are withheld as a control group and 24 belong to the holdout" in text
+    assert "one more USD of budget would add about USD 1.42 of expected profit" in text
+
+
+def test_every_waterfall_line_is_shown_with_its_numbers() -> None:
+    text = _Page(report.render(make_inputs())).text
+    for step in make_selection()["waterfall"]:
+        lost = "0 " if step["reason"] not in report.MILESTONES else ""
+        lost = f"{report.number(-step['excluded'])} " if step["excluded"] else lost
+        assert f"{step['label']} {step['reason']} {lost}{step['remaining']:,}" in text
+    assert "Adds up: every user" in text
+
+
+@pytest.mark.parametrize(
+    ("index", "name", "value", "message"),
+    [
+        (5, "excluded", 286, "Mailed often enough already” says 2,008 users remain; 2,295 less 286 is 2,009"),
+        (0, "remaining", 2470, "starts with 2,470 users, the user master has 2,469"),
+        (13, "remaining", 411, "ends with 411 users, the audience has 412"),
+        (12, "excluded", 45, "withholds 45 users as control, the ledger says 46"),
+        (11, "excluded", 23, "withholds 23 users as holdout, the ledger says 24"),
+    ],
+)
+def test_a_waterfall_that_does_not_add_up_is_flagged(index: int, name: str, value: int, message: str) -> None:
+    selection = make_selection()
+    selection["waterfall"][index][name] = value
+    text = _Page(report.render(make_inputs(selection=selection))).text
+    assert message in text
+    assert "This waterfall does not add up." in text
+    assert "Waterfall does not add up" in text
+    assert "Adds up: every user" not in text
+
+
+def test_disagreeing_records_are_listed_at_the_top() -> None:
+    doors = make_conservation()
+    doors[0]["rows_out"] -= 47
+    evaluation = make_evaluation()
+    evaluation["models"]["dien"]["metrics"]["calibration_ratio"] = 1.8
+    stages = make_stages()
+    stages[5]["status"] = "failed"
+    text = _Page(
+        report.render(
+            make_inputs(
+                selection=make_selection(expected_cost_amount=130.0),
+                score={"model_version": LOGISTIC, "kind": "logistic", "num_users": 2469},
+                export={"num_recipients": 413, "file": "a.csv"},
+                conservation=doors,
+                evaluation=evaluation,
+                stages=stages,
+                verdicts=[make_verdict("events", "4 days behind", "at most 1 day", "stale")],
+            )
+        )
+    ).text
+    top = text[text.index("Look at this before") : text.index("Who gets the mail, and who does not")]
+    assert "expected cost USD 130.00 is above the budget USD 120.00" in top
+    assert "exported file has 413 recipients, the audience 412" in top
+    assert "“raw receipts to events”: 47 unaccounted for" in top
+    assert "Table events is stale: 4 days behind." in top
+    assert "predicted 1.80 times the conversions that came" in top
+    assert f"selected from the scores of {DIEN}, the scores shown are from {LOGISTIC}" in top
+    assert "Stage train ended with status failed." in top
+    assert "off by 47" in text
+    assert "Look at this before" not in _Page(report.render(make_inputs())).text
+
+
+def test_model_section_shows_metrics_gate_and_what_cannot_be_seen() -> None:
+    text = _Page(report.render(make_inputs())).text
+    assert "0.844 [0.816, 0.870]" in text
+    assert "10% 36.4%" in text  # gain curve of the model in use: 1 - 0.9 ** 4.3
+    assert "The gate keeps Logistic regression; DIEN is not promoted." in text
+    assert "smallest true difference in AUC that would be found in four of five cases is about 0.018" in text
+    assert "This list was scored with DIEN , because the configuration names it." in text
+    assert "No difference is shown: the interval includes zero. A true difference below about 0.018" in text
+    assert "✗ Fails: calibration error 0.0470, champion 0.0310" in text
+    assert "✓ Holds: expected over observed conversions 1.040" in text
+    assert "Its best 10% of users hold 41% of the conversions, 4.1 times as many" in text
+
+
+@pytest.mark.parametrize(
+    ("metric", "interval", "verdict"),
+    [
+        ("auc", [0.002, 0.01], "is better:"),
+        ("auc", [-0.03, -0.002], "is worse:"),
+        ("log_loss", [-0.03, -0.002], "is better:"),
+        ("log_loss", [0.002, 0.01], "is worse:"),
+        ("auc", [0.0, 0.01], "No difference is shown:"),
+        ("auc", None, "nothing is claimed."),
+    ],
+)
+def test_a_difference_is_named_only_when_its_interval_leaves_zero_out(
+    metric: str, interval: list[float] | None, verdict: str
+) -> None:
+    row = make_comparison("blend", 0.005, interval or [], True) | {"metric": metric, "interval": interval}
+    text = _Page(report.render(make_inputs(evaluation=make_evaluation(comparisons=[row])))).text
+    found = [
+        word
+        for word in ("is better:", "is worse:", "No difference is shown:", "nothing is claimed.")
+        if word in text
+    ]
+    assert found == [verdict]
+
+
+def test_a_skipped_stage_has_no_time() -> None:
+    text = _Page(report.render(make_inputs())).text
+    assert "10 stages, 6 min 18 s of work" in text  # 401.2 s less the 22.8 s of clean_feeds
+    assert f"clean_feeds 2017-01-01:2017-12-31 {report.DASH} skipped" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "price", "sentence"),
+    [
+        ("max_recipients", 0.4, "one more recipient would add about EUR 0.40 of expected profit."),
+        ("value", 0.0, "No limit binds: everyone worth a mail was selected."),
+        ("none", None, "No limit binds: all eligible users were selected."),
+        ("stock_of_coupon", 2, "binds is “stock of coupon”: one more unit of it would add about EUR 2.00"),
+    ],
+)
+def test_the_binding_constraint_is_put_in_words(name: str, price: float | None, sentence: str) -> None:
+    selection = make_selection(binding_constraint=name, shadow_price=price)
+    assert sentence in _Page(report.render(make_inputs(selection=selection, currency="EUR"))).text
+
+
+def test_the_gate_without_a_challenger_keeps_the_champion() -> None:
+    gate = {"champion": "logistic", "challenger": None, "decision": "keep_champion", "reasons": ["no rival"]}
+    text = _Page(report.render(make_inputs(evaluation=make_evaluation(gate=gate, comparisons=[])))).text
+    assert "The gate keeps Logistic regression. no rival" in text
+    promoted = gate | {"challenger": "blend", "decision": "promote"}
+    scored = make_selection(model_version=BLEND)
+    inputs = make_inputs(evaluation=make_evaluation(gate=promoted), selection=scored, score={"kind": "blend"})
+    text = _Page(report.render(inputs)).text
+    assert "The gate promotes Blend over Logistic regression." in text
+    assert "Gate chose this model" in text
+    assert "The gate would have chosen" not in text
+
+
+def test_values_are_escaped_in_text_and_charts() -> None:
+    evil = '<script>alert(1)</script>"&'
+    selection = make_selection()
+    selection["waterfall"][1]["label"] = evil
+    evaluation = make_evaluation(gate={"champion": evil, "challenger": "dien", "reasons": [evil]})
+    evaluation["models"][evil] = make_model(evil, 0.8, 0.03, 3.0)
+    html = report.render(
+        make_inputs(selection=selection, evaluation=evaluation, data_note=evil, run_id=evil, currency="<b>")
+    )
+    assert "<script" not in html
+    assert "<b>" not in html
+    assert html.count("&lt;script&gt;alert(1)") >= 8
+
+
+def test_the_file_refers_to_nothing_outside() -> None:
+    html = report.render(make_inputs())
+    assert not re.search(r"https?://|url\(|@import|<script|<iframe|<img", html)
+    for tag, name, value in _Page(html).attributes:
+        if name in ("src", "href", "srcset", "action", "data", "xlink:href"):
+            assert value == "data:," if tag == "link" else value.startswith("#")
+        assert not name.startswith("on")
+    assert len(html.encode()) < 600_000
+
+
+def test_the_page_is_well_formed_and_its_links_and_labels_exist() -> None:
+    page = _Page(report.render(make_inputs()))
+    assert page.errors == []
+    assert page.open == []
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    for _, name, value in page.attributes:
+        if name == "href" and value.startswith("#"):
+            assert value[1:] in ids
+        if name == "aria-labelledby":
+            assert set(value.split()) <= set(ids)
+
+
+def test_missing_parts_become_notices() -> None:
+    page = _Page(report.render(ReportInputs()))
+    assert page.errors == []
+    for notice in (
+        "No audience has been selected",
+        "No waterfall yet",
+        "No scores yet",
+        "No evaluation yet",
+        "No row counts were recorded",
+        "No data checks were recorded",
+        "No stages were recorded",
+        "not exported yet",
+    ):
+        assert notice in page.text
+
+
+def test_nobody_mailed_is_said_plainly() -> None:
+    selection = make_selection(
+        mailed_users=0,
+        control_users=0,
+        holdout_users=0,
+        expected_conversions=0.0,
+        expected_cost_amount=0.0,
+        binding_constraint=None,
+        waterfall=[
+            {"reason": "user_master", "label": "All users", "excluded": 0, "remaining": 2469},
+            {"reason": "no_consent", "label": "No consent", "excluded": 2469, "remaining": 0},
+        ],
+    )
+    text = _Page(report.render(make_inputs(selection=selection, export={}))).text
+    assert "Nobody gets the mail of campaign 18" in text
+    assert "None of the 2,469 users is left" in text
+    assert f"{MINUS}2,469 0" in text
+
+
+def test_a_record_with_holes_still_renders() -> None:
+    evaluation = make_evaluation(comparisons=[{"challenger": "dien", "champion": "logistic"}], gate={})
+    evaluation["models"] = {"dien": {"model_version": DIEN, "metrics": {"auc": float("nan"), "ece": None}}}
+    page = _Page(
+        report.render(make_inputs(evaluation=evaluation, score_histogram={"edges": [0], "counts": [1]}))
+    )
+    assert page.errors == []
+    assert "nan" not in page.text.lower().split()
+    assert "No gate decision" in page.text
+    assert "No histogram" in page.text
+
+
+def test_honesty_notes_follow_the_facts() -> None:
+    text = _Page(report.render(make_inputs(notes=("Type A exposure is pooled.",)))).text
+    assert "figures are no evidence" in text
+    assert "Consent is constructed." in text
+    assert "No uplift is claimed." in text
+    assert "Type A exposure is pooled." in text
+    real = make_selection(consent_source="preference centre")
+    text = _Page(report.render(make_inputs(selection=real, has_randomised_control=True))).text
+    assert "Consent is constructed." not in text
+    assert "No uplift is claimed." not in text
+
+
+def test_equal_inputs_give_equal_bytes() -> None:
+    shuffled = make_evaluation()
+    shuffled["models"] = dict(reversed(shuffled["models"].items()))
+    assert report.render(make_inputs()) == report.render(make_inputs())
+    assert report.render(make_inputs()) == report.render(make_inputs(evaluation=shuffled))
+
+
+def test_write_publishes_once_per_run_and_replaces_a_named_file(tmp_path: Path) -> None:
+    uri = report.write(str(tmp_path), "<p>one</p>", "run-1")
+    assert uri == f"{tmp_path}/reports/run-1.html"
+    assert Path(uri).read_text() == "<p>one</p>"
+    assert report.write(str(tmp_path), "<p>one</p>", "run-1") == uri
+    with pytest.raises(ConflictError, match=r"run-1\.html"):
+        report.write(str(tmp_path), "<p>two</p>", "run-1")
+    named = str(tmp_path / "out.html")
+    report.write(named, "<p>one</p>", "run-1")
+    assert report.write(named, "<p>two</p>", "run-2") == named
+    assert Path(named).read_text() == "<p>two</p>"
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "expected"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (-0.017, 0.011, [-0.01, 0, 0.01]),
+        (3, 3, [3]),
+    ],
+)
+def test_ticks_are_round_and_inside(lower: float, upper: float, expected: list[float]) -> None:
+    assert charts.ticks(lower, upper) == pytest.approx(expected)
+
+
+def test_wilson_interval_equals_published_values() -> None:
+    # Newcombe 1998, table I: 81 of 263 and 0 of 20, Wilson score without continuity correction
+    assert charts.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert charts.wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1460047, "1,460,047"),
+        (99.14, "99.1"),
+        (-46, f"{MINUS}46"),
+        (None, report.DASH),
+        (float("nan"), report.DASH),
+        (0, "0"),
+    ],
+)
+def test_numbers_are_readable(value: Any, text: str) -> None:
+    assert report.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0%"), (0.064, "6.4%"), (0.0996, "10%"), (0.414, "41%"), (1, "100%"), (None, report.DASH)],
+)
+def test_percentages_keep_sensible_digits(value: Any, text: str) -> None:
+    assert report.percent(value) == text

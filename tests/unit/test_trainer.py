@@ -1,0 +1,311 @@
+"""The loop at group size 1, and two ranks as two threads around a barrier (real Gloo ranks are in e2e)."""
+
+import copy
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from couponflow.config import ModelConfig, TrainingConfig
+from couponflow.errors import DataError
+from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
+from couponflow.models.dien import Dien
+from couponflow.training import trainer
+from couponflow.training.launch import Workers
+
+WIDE = 5
+
+
+class Output(NamedTuple):
+    logits: Tensor
+    aux_sum: Tensor
+    aux_count: Tensor
+
+
+class Linear(nn.Module):
+    """No batch statistics: splitting a batch over ranks must not change its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 3, padding_idx=0)
+        self.hidden = nn.Linear(WIDE, 4)
+        self.last = nn.Linear(4, 1)
+
+    def forward(self, batch: Batch) -> Output:
+        hidden = torch.tanh(self.hidden(batch.wide))
+        pairs = batch.length.clamp_min(1) - 1
+        auxiliary = (hidden.pow(2).sum(1) * pairs).sum() + self.embedding.weight[1:3].sum() * 0.1 * batch.size
+        return Output(self.last(hidden)[:, 0], auxiliary, pairs.sum().float())
+
+
+class Threads(Workers):
+    """A rank of a group of threads; every exchange is a list posted by all and read by all."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, board: dict[int, object]) -> None:
+        self.rank, self.size, self._barrier, self._board = rank, size, barrier, board
+
+    def _all(self, value: object) -> list:
+        self._board[self.rank] = value
+        self._barrier.wait(timeout=20)
+        found = [self._board[rank] for rank in range(self.size)]
+        self._barrier.wait(timeout=20)
+        return found
+
+    def allreduce_sum(self, values):
+        return np.sum(self._all(np.atleast_1d(np.asarray(values, np.float64))), axis=0)
+
+    def gather(self, values):
+        return np.concatenate(self._all(np.asarray(values, np.float64)))
+
+    def average(self, tensor):
+        return torch.stack(self._all(tensor)).mean(0)
+
+    def broadcast_state(self, state):
+        for key, value in self._all(copy.deepcopy(state))[0].items():
+            state[key].copy_(value)
+
+
+def run_ranks(size: int, work: Callable[[Workers], object]) -> list:
+    barrier, board, results = threading.Barrier(size), {}, [None] * size
+
+    def one(rank: int) -> None:
+        try:
+            results[rank] = work(Threads(rank, size, barrier, board))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    return results
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterable[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_batch(size: int, seed: int = 0, **over: object) -> Batch:
+    return random_batch(torch.Generator().manual_seed(seed), size, num_wide=WIDE, **over)
+
+
+def make_network(seed: int = 0) -> Linear:
+    torch.manual_seed(seed)
+    return Linear()
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+def learnable(size: int, seed: int, strength: float = 3.0) -> Batch:
+    batch = make_batch(size, seed)
+    chance = torch.sigmoid(strength * (batch.wide[:, 0] - 1.0))
+    label = (torch.rand(size, generator=torch.Generator().manual_seed(seed + 1)) < chance).float()
+    return Batch(**(vars(batch) | {"label": label}))
+
+
+def split(batch: Batch, rows: int) -> list[Batch]:
+    return [batch.take(list(range(n, min(n + rows, batch.size)))) for n in range(0, batch.size, rows)]
+
+
+def test_two_uneven_ranks_give_the_gradient_of_one() -> None:
+    batch = make_batch(13, length=[0, 1, 5, 2, 7, 0, 3, 1, 1, 1, 9, 4, 2])
+    parts = [batch.take([10, 2, 4]), batch.take([n for n in range(13) if n not in (10, 2, 4)])]
+    whole = make_network()
+    sums = trainer.backward(whole, batch, 0.7, Workers())
+    expected = gradients(whole)
+    networks = [make_network(), make_network()]  # made here: threads share torch's random state
+
+    def work(workers: Workers) -> tuple[tuple, dict[str, Tensor]]:
+        network = networks[workers.rank]
+        found = trainer.backward(network, parts[workers.rank], 0.7, workers)
+        return found, gradients(network)
+
+    for found, gradient in run_ranks(2, work):
+        assert found == pytest.approx(sums, rel=1e-5)
+        for name in expected:
+            torch.testing.assert_close(gradient[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_golden_mean_over_ranks_is_sum_over_count() -> None:
+    """Losses [4] and [1, 1, 1]: 1.75, not 2.5."""
+    losses = [torch.tensor([4.0]), torch.tensor([1.0, 1.0, 1.0])]
+
+    class Fixed(nn.Module):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.scale, self.rank = nn.Parameter(torch.ones(())), rank
+
+        def forward(self, batch: Batch) -> Output:
+            target = losses[self.rank]  # softplus(x) = loss for label 0
+            return Output(torch.log(torch.expm1(target)) * self.scale, torch.zeros(()), torch.zeros(()))
+
+    def work(workers: Workers) -> float:
+        rows = losses[workers.rank].numel()
+        batch = Batch(**(vars(make_batch(rows)) | {"label": torch.zeros(rows)}))
+        label_sum, count, *_ = trainer.backward(Fixed(workers.rank), batch, 0.0, workers)
+        return label_sum / count
+
+    assert run_ranks(2, work) == pytest.approx([1.75, 1.75])
+
+
+@pytest.mark.parametrize("kind", ["linear", "dien"])
+def test_a_filler_batch_has_no_effect(kind: str) -> None:
+    config = ModelConfig(dropout=0.0, hidden_dim=8, head_dims=(6,), attention_dims=(6,), auxiliary_dims=(6,))
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return make_network() if kind == "linear" else Dien(config, RANDOM_SIZES, WIDE)
+
+    batch = make_batch(9)
+    alone = build()
+    trainer.backward(alone.train(), batch, 1.0, Workers())
+    networks = [build().train(), build().train()]
+
+    def work(workers: Workers) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        network = networks[workers.rank]
+        trainer.backward(network, empty_batch(WIDE) if workers.rank else batch, 1.0, workers)
+        return gradients(network), {k: v.clone() for k, v in network.state_dict().items()}
+
+    (gradient, _), (other, idle) = run_ranks(2, work)
+    for name, value in gradients(alone).items():
+        torch.testing.assert_close(gradient[name], value, rtol=1e-4, atol=1e-7)
+        assert torch.equal(other[name], gradient[name])
+    fresh = build().state_dict()
+    assert all(torch.equal(idle[name], fresh[name]) for name in fresh)  # running statistics included
+
+
+@pytest.mark.parametrize("place", ["wide", "weight"])
+def test_a_value_that_is_not_finite_stops_all_ranks_before_the_step(place: str) -> None:
+    good = make_batch(4)
+    bad = Batch(**(vars(good) | {place: getattr(good, place).clone().fill_(float("nan"))}))
+    with pytest.raises(DataError, match="not finite on rank 0"):
+        trainer.backward(make_network(), bad, 1.0, Workers())
+    networks = [make_network(), make_network()]
+
+    def work(workers: Workers) -> object:
+        network = networks[workers.rank]
+        before = copy.deepcopy(network.state_dict())
+        with pytest.raises(DataError, match="not finite on rank 1;"):
+            trainer.fit(
+                network,
+                lambda epoch: [bad if workers.rank else good],
+                lambda: [good],
+                TrainingConfig(),
+                1.0,
+                workers,
+            )
+        return all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+
+    assert run_ranks(2, work) == [True, True]
+
+
+def test_two_runs_are_equal_bit_for_bit(tmp_path: Path) -> None:
+    config = ModelConfig(dropout=0.3, hidden_dim=8, head_dims=(8,), attention_dims=(8,), auxiliary_dims=(8,))
+    data, held = split(learnable(96, 3), 16), [learnable(64, 9)]
+
+    def once(path: Path) -> trainer.Fitted:
+        torch.manual_seed(5)
+        network = Dien(config, RANDOM_SIZES, WIDE)
+        training = TrainingConfig(max_epochs=3, patience=3)
+        return trainer.fit(network, lambda epoch: data, lambda: held, training, 1.0, Workers(), path)
+
+    one, two = once(tmp_path / "a.pt"), once(tmp_path / "b.pt")
+    assert one.epochs == two.epochs
+    assert all(torch.equal(one.state[name], two.state[name]) for name in one.state)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+    stored = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert all(torch.equal(stored[name], one.state[name]) for name in one.state)
+
+
+def test_learns_planted_signal_and_finds_none_in_noise() -> None:
+    def best(strength: float) -> float:
+        config = TrainingConfig(max_epochs=15, patience=15, learning_rate=0.02)
+        data, held = split(learnable(512, 1, strength), 64), [learnable(1000, 2, strength)]
+        return trainer.fit(
+            make_network(), lambda epoch: data, lambda: held, config, 0.0, Workers()
+        ).best.valid_auc
+
+    assert best(3.0) > 0.85
+    assert abs(best(0.0) - 0.5) < 0.06
+
+
+def test_early_stop_keeps_the_earlier_of_equal_epochs() -> None:
+    """A network that cannot move: every epoch ties, so the first is best and patience ends the run."""
+    config = TrainingConfig(max_epochs=10, patience=2, learning_rate=1e-30)
+    seen: list[int] = []
+
+    def train(epoch: int) -> list[Batch]:
+        seen.append(epoch)
+        return [make_batch(8)]
+
+    fitted = trainer.fit(make_network(), train, lambda: [make_batch(50, 2)], config, 0.0, Workers())
+    assert (fitted.best.epoch, len(fitted.epochs), seen) == (1, 3, [1, 2, 3])
+
+
+def test_the_best_weights_are_left_in_the_network() -> None:
+    config = TrainingConfig(max_epochs=8, patience=8, learning_rate=0.5)  # overshoots
+    network, held = make_network(), [learnable(200, 2)]
+    fitted = trainer.fit(network, lambda e: split(learnable(64, 1), 8), lambda: held, config, 0.0, Workers())
+    logit, label = trainer.score(network, held, Workers())
+    assert np.array_equal(logit, fitted.valid_logit)
+    assert np.array_equal(label, fitted.valid_label)
+    losses = [epoch.valid_log_loss for epoch in fitted.epochs]
+    assert fitted.best.valid_log_loss == min(losses)
+    assert fitted.best.epoch == 1 + losses.index(min(losses))
+
+
+def test_every_validation_row_counts_once_over_ranks() -> None:
+    held = learnable(31, 4)
+    parts = [[held.take(list(range(20))), empty_batch(WIDE)], split(held.take(list(range(20, 31))), 6)]
+    network = make_network()
+    found = run_ranks(2, lambda workers: trainer.score(network, parts[workers.rank], workers))
+    expected = trainer.score(network, [held], Workers())
+    for logit, label in found:
+        np.testing.assert_allclose(logit, expected[0], rtol=1e-4)
+        assert np.array_equal(label, expected[1])
+
+
+def test_running_statistics_are_those_of_the_mixture() -> None:
+    data = [torch.randn(500, 3) * 2 + 1, torch.randn(500, 3) - 4]
+
+    def work(workers: Workers) -> tuple[Tensor, Tensor]:
+        norm = nn.BatchNorm1d(3, momentum=None)
+        norm(data[workers.rank])
+        trainer.average_statistics(norm, workers)
+        return norm.running_mean, norm.running_var
+
+    for mean, variance in run_ranks(2, work):
+        torch.testing.assert_close(mean, torch.cat(data).mean(0), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(variance, torch.cat(data).var(0), rtol=5e-3, atol=1e-3)
+
+
+def test_only_matrices_decay() -> None:
+    network = make_network()
+    groups = trainer.parameter_groups(network, 0.1)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {id(network.hidden.weight), id(network.last.weight)}
+    assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
+
+
+def test_no_training_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="none were fed"):
+        trainer.fit(
+            make_network(),
+            lambda epoch: [empty_batch(WIDE)],
+            lambda: [make_batch(4)],
+            TrainingConfig(),
+            0.0,
+            Workers(),
+        )
