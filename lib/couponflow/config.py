@@ -184,12 +184,12 @@ class ExamplesConfig(Section):
 class ModelConfig(Section):
     """One network; a copy travels inside the bundle and is what scoring reads."""
 
-    item_dim: int = Field(default=8, ge=1, le=512, description="Width of the item embedding.")
-    category_dim: int = Field(default=16, ge=1, le=512, description="Width of the category embedding.")
+    item_dim: int = Field(default=4, ge=1, le=512, description="Width of the item embedding.")
+    category_dim: int = Field(default=8, ge=1, le=512, description="Width of the category embedding.")
     shop_dim: int = Field(default=4, ge=1, le=512, description="Width of the shop embedding.")
     type_dim: int = Field(default=2, ge=1, le=64, description="Width of the event type embedding.")
     gap_dim: int = Field(default=4, ge=1, le=64, description="Width of the time-gap bucket embedding.")
-    hidden_dim: int = Field(default=32, ge=1, le=1024, description="Width H of both recurrent layers.")
+    hidden_dim: int = Field(default=16, ge=1, le=1024, description="Width H of both recurrent layers.")
     attention_dims: Annotated[tuple[int, ...], Loose] = Field(
         default=(80, 40), description="Hidden widths of the attention MLP."
     )
@@ -197,7 +197,7 @@ class ModelConfig(Section):
         default=(100, 50), description="Hidden widths of the auxiliary MLP."
     )
     head_dims: Annotated[tuple[int, ...], Loose] = Field(
-        default=(64, 32), description="Hidden widths of the head."
+        default=(32,), description="Hidden widths of the head."
     )
     cell: Literal["augru_paper", "augru_official", "agru", "aigru", "gru"] = Field(
         default="augru_paper", description="How attention enters the second recurrent layer."
@@ -209,7 +209,7 @@ class ModelConfig(Section):
         default=1.0, ge=0.0, le=10.0, description="Weight alpha of the auxiliary loss; 0 switches it off."
     )
     final_norm: bool = Field(default=True, description="LayerNorm on the final interest state.")
-    dropout: float = Field(default=0.2, ge=0.0, lt=1.0, description="Dropout in the head.")
+    dropout: float = Field(default=0.5, ge=0.0, lt=1.0, description="Dropout in the head.")
     wide_skip: bool = Field(
         default=True, description="Add a linear term of the aggregates to the logit (wide and deep)."
     )
@@ -221,7 +221,7 @@ class TrainingConfig(Section):
     num_ranks: int = Field(default=2, ge=1, le=1024, description="Horovod processes.")
     batch_size: int = Field(default=128, ge=1, description="Rows per step over all ranks together.")
     max_epochs: int = Field(
-        default=10, ge=1, le=1000, description="Upper bound of passes over the training rows."
+        default=8, ge=1, le=1000, description="Upper bound of passes over the training rows."
     )
     patience: int = Field(
         default=3, ge=1, description="Epochs without a better validation log loss before stopping."
@@ -234,6 +234,11 @@ class TrainingConfig(Section):
     )
     clip_norm: float = Field(default=5.0, gt=0.0, description="Upper bound of the gradient's global norm.")
     seed: int = Field(default=0, ge=0, description="Initialisation, shuffling and dropout.")
+    warm_start: bool = Field(
+        default=True,
+        description="Start a network's linear term of the aggregates at the logistic model of the training "
+        "rows; off starts it at 0. Needs model.wide_skip.",
+    )
     shuffle_rows: int = Field(default=20_000, ge=1, description="Rows held in memory for shuffling.")
     logistic_c: float = Field(
         default=0.1, gt=0.0, description="Inverse L2 strength of the logistic champion."

@@ -4,6 +4,7 @@ import csv
 import math
 import random
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def random_users(seed: int, size: int = 240) -> list[User]:
 def oracle(
     users: list[User], campaign: str, section: SelectionConfig
 ) -> tuple[dict[str, tuple[Any, ...]], Any]:
-    """Sort, take until the first that does not fit; returns user -> (reason, rank, arm), and the first left out."""
+    """Sort, take until the first that does not fit: user -> (reason, rank, arm), and the first left out."""
     mail, discount = selection.micro(section.mail_cost_amount), selection.micro(section.discount_amount)
     gain = selection.micro(section.margin_amount) - discount
     outcome: dict[str, tuple[Any, ...]] = {}
@@ -125,7 +126,7 @@ def test_the_choice_equals_the_oracle(spark: SparkSession) -> None:
         assert all(row.propensity == assignment.propensity(row.arm, section) for row in rows)
         steps = facts["waterfall"]
         assert steps[0]["remaining"] == facts["num_users"] == len(users)
-        for before, step in zip(steps, steps[1:], strict=False):
+        for before, step in pairwise(steps):
             assert before["remaining"] - step["excluded"] == step["remaining"]
         assert (steps[-1]["reason"], steps[-1]["remaining"]) == ("mailed", len(mailed))
         by_reason = {step["reason"]: step["excluded"] for step in steps}

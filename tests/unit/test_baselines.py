@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from couponflow.config import load_config
 from couponflow.errors import DataError
 from couponflow.models.batch import random_batch
 from couponflow.models.bundle import Bundle, Logistic
-from couponflow.training import baselines, metrics
+from couponflow.models.dien import Dien
+from couponflow.training import baselines, fitting, metrics
 
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
 
@@ -96,3 +98,19 @@ def test_folds_keep_users_together_and_are_balanced() -> None:
     assert (
         baselines.user_fold(["u1", "u2", "u3"]).tolist() == baselines.user_fold(["u1", "u2", "u3"]).tolist()
     )
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_network_starts_at_the_logistic_model_if_asked(warm: bool) -> None:
+    wide, label = planted(500)
+    config = load_config(None, (f"training.warm_start={str(warm).lower()}",))
+    network = Dien(config.model, SIZES, wide.shape[1])
+    rows = fitting.WideRows(wide.mean(0), wide.std(0), float(label.mean()), wide, label)
+    fitting.prepare(network, rows, config)
+    model = baselines.fit_logistic(wide, label, config.training.logistic_c)
+    coef = model.coef if warm else np.zeros(wide.shape[1])
+    bias = model.intercept if warm else np.log(label.mean() / (1 - label.mean()))
+    assert network.wide_linear.weight[0].tolist() == pytest.approx(coef, rel=1e-5)
+    assert network.last.bias.item() == pytest.approx(bias, rel=1e-5)
+    assert network.wide_mean.tolist() == pytest.approx(wide.mean(0), rel=1e-5)
+    assert network.wide_sd.tolist() == pytest.approx(wide.std(0), rel=1e-5)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from couponflow.config import ModelConfig
+from couponflow.errors import ConfigError
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
 from couponflow.models.dien import Dien, Output
 from couponflow.models.layers import Cell
@@ -230,6 +231,19 @@ def test_aggregates_are_standardised_and_a_constant_one_is_harmless() -> None:
     assert "wide_mean" in made.state_dict()
 
 
+def test_training_can_start_at_a_logistic_model() -> None:
+    made, batch = network().eval(), rows(16)
+    mean, sd, coef = torch.arange(5.0), torch.tensor([2.0, 0.5, 3.0, 1.0, 1.0]), torch.linspace(-1, 1, 5)
+    made.set_wide_statistics(mean, sd)
+    made.set_wide_linear(coef, -1.5)
+    expected = (batch.wide - mean) / sd @ coef - 1.5
+    assert torch.corrcoef(torch.stack([made(batch).logits, expected]))[0, 1] > 0.95
+    torch.nn.init.zeros_(made.last.weight)
+    torch.testing.assert_close(made(batch).logits, expected)
+    with pytest.raises(ConfigError, match="no linear term"):
+        network(wide_skip=False).set_wide_linear(coef, 0.0)
+
+
 def test_one_logit_per_row_costs_what_two_would() -> None:
     # Two-column logits [[2, 0], [0, 0]] with labels 0, 1 are one logit -2, 0: mean over rows, not columns.
     logits, labels = torch.tensor([0.0 - 2.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -243,6 +257,14 @@ def test_half_precision_gives_no_nan(dtype: torch.dtype) -> None:
     logits = made(rows(6, length=[0, 3, 0, 12, 1, 2])).logits
     assert logits.dtype == torch.float32
     assert torch.isfinite(logits).all()
+
+
+def test_mixed_precision_trains_in_finite_steps() -> None:
+    made, batch = network().train(), rows(16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(made(batch), batch)
+    loss.backward()
+    assert all(value.grad is not None and torch.isfinite(value.grad).all() for value in made.parameters())
 
 
 @pytest.mark.parametrize("scorer", ["mlp", "dot"])

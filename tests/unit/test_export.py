@@ -93,16 +93,29 @@ def test_a_second_version_of_the_same_run_date_is_refused(tmp_path: Path) -> Non
         export.check_only_version(handover(tmp_path, "v2"))
 
 
+def select(root: str, version: str, number: int = 0, campaign: str = "18", status: str = "ok") -> None:
+    record = runs.start("select_audience", "2024-01-10:2024-01-10", {"campaign": campaign}, "f")
+    record.started_time = f"2024-01-10T00:00:0{number}+00:00"
+    record.facts = {"campaign_id": campaign, "version": version, "mailed_users": 2}
+    runs.finish(root, record, status)
+
+
 def test_approval_and_recall(tmp_path: Path) -> None:
     task = handover(tmp_path)
     export.check_approval(task, auto_approve=True)
     with pytest.raises(ConfigError, match="couponflow campaign approve --campaign 18 --version v1"):
         export.check_approval(task, auto_approve=False)
     assert not export.is_final(task)
-    storage.create(task.note("approvals"), b"{}", "r")
+    with pytest.raises(DataError, match="no selection has decided version v1"):
+        export.approve(task.root_uri, "18", "v1", "kim")
+    select(task.root_uri, "v1")
+    export.approve(task.root_uri, "18", "v1", "kim")
+    export.approve(task.root_uri, "18", "v1", "lee")
+    note = json.loads(storage.read_bytes(task.note("approvals")))
+    assert (note["approved_by"], note["mailed_users"]) == ("kim", 2)
     export.check_approval(task, auto_approve=False)
     assert export.is_final(task)
-    storage.create(task.note("recalls"), b"{}", "r")
+    export.recall(task.root_uri, "18", "v1", "lee", "wrong coupon")
     with pytest.raises(ConfigError, match="recalled"):
         export.check_approval(task, auto_approve=True)
 
@@ -119,8 +132,5 @@ def test_the_newest_successful_selection_names_the_version(tmp_path: Path) -> No
     with pytest.raises(DataError, match="run select_audience first"):
         export.decided_version(root, "18", "2024-01-10:2024-01-10")
     for number, (campaign, status) in enumerate([("18", "ok"), ("18", "ok"), ("19", "ok"), ("18", "failed")]):
-        record = runs.start("select_audience", "2024-01-10:2024-01-10", {"campaign": campaign}, "f")
-        record.started_time = f"2024-01-10T00:00:0{number}+00:00"
-        record.facts = {"campaign_id": campaign, "version": f"v{number}"}
-        runs.finish(root, record, status)
+        select(root, f"v{number}", number, campaign, status)
     assert export.decided_version(root, "18", "2024-01-10:2024-01-10") == "v1"

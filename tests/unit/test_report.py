@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from couponflow.campaign import charts, report
+from couponflow.campaign import charts, formats, report
 from couponflow.campaign.report import ReportInputs
 from couponflow.errors import ConflictError
 
@@ -305,7 +305,7 @@ def test_every_waterfall_line_is_shown_with_its_numbers() -> None:
     text = _Page(report.render(make_inputs())).text
     for step in make_selection()["waterfall"]:
         lost = "0 " if step["reason"] not in report.MILESTONES else ""
-        lost = f"{report.number(-step['excluded'])} " if step["excluded"] else lost
+        lost = f"{formats.number(-step['excluded'])} " if step["excluded"] else lost
         assert f"{step['label']} {step['reason']} {lost}{step['remaining']:,}" in text
     assert "Adds up: every user" in text
 
@@ -402,7 +402,7 @@ def test_a_difference_is_named_only_when_its_interval_leaves_zero_out(
 def test_a_skipped_stage_has_no_time() -> None:
     text = _Page(report.render(make_inputs())).text
     assert "10 stages, 6 min 18 s of work" in text  # 401.2 s less the 22.8 s of clean_feeds
-    assert f"clean_feeds 2017-01-01:2017-12-31 {report.DASH} skipped" in text
+    assert f"clean_feeds 2017-01-01:2017-12-31 {formats.DASH} skipped" in text
 
 
 @pytest.mark.parametrize(
@@ -572,18 +572,18 @@ def test_wilson_interval_equals_published_values() -> None:
         (1460047, "1,460,047"),
         (99.14, "99.1"),
         (-46, f"{MINUS}46"),
-        (None, report.DASH),
-        (float("nan"), report.DASH),
+        (None, formats.DASH),
+        (float("nan"), formats.DASH),
         (0, "0"),
     ],
 )
 def test_numbers_are_readable(value: Any, text: str) -> None:
-    assert report.number(value) == text
+    assert formats.number(value) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0%"), (0.064, "6.4%"), (0.0996, "10%"), (0.414, "41%"), (1, "100%"), (None, report.DASH)],
+    [(0.0, "0%"), (0.064, "6.4%"), (0.0996, "10%"), (0.414, "41%"), (1, "100%"), (None, formats.DASH)],
 )
 def test_percentages_keep_sensible_digits(value: Any, text: str) -> None:
-    assert report.percent(value) == text
+    assert formats.percent(value) == text

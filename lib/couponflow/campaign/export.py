@@ -44,7 +44,7 @@ class Handover:
 
     def note(self, kind: str) -> str:
         """Object on the lake that a person's ``approvals`` or ``recalls`` command has left."""
-        return storage.join(self.root_uri, kind, self.campaign_id, f"{self.version}.json")
+        return _note_uri(self.root_uri, kind, self.campaign_id, self.version)
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,24 @@ def export_audience(
     return hand_over(handover, recipients(audience.where(of_version), ledger, consent), str(decided_by))
 
 
+def approve(root_uri: str, campaign_id: str, version: str, by: str) -> None:
+    """Leave the approval of one version; the first approval stays.
+
+    Raises:
+        DataError: no selection has decided that version.
+    """
+    _leave_note(root_uri, "approvals", campaign_id, version, {"approved_by": by})
+
+
+def recall(root_uri: str, campaign_id: str, version: str, by: str, reason: str) -> None:
+    """Mark a version so that it is not handed over any more; the first recall stays.
+
+    Raises:
+        DataError: no selection has decided that version.
+    """
+    _leave_note(root_uri, "recalls", campaign_id, version, {"recalled_by": by, "reason": reason})
+
+
 def decided_version(root_uri: str, campaign_id: str, dates: str) -> str:
     """The version that the newest successful selection of a campaign and day has written.
 
@@ -127,7 +145,7 @@ def check_approval(handover: Handover, auto_approve: bool) -> None:
     if not auto_approve and not storage.exists(handover.note("approvals")):
         raise ConfigError(
             f"{name}: not approved; look at it, then run `couponflow campaign approve "
-            f"--campaign {handover.campaign_id} --version {handover.version}`"
+            f"--campaign {handover.campaign_id} --version {handover.version} --by NAME`"
         )
 
 
@@ -245,6 +263,29 @@ def check_only_version(handover: Handover) -> None:
                 f"campaign {handover.campaign_id}, {handover.run_date}: version {version} was handed over "
                 f"already, {handover.version} would mail its users again; prepare it for another run date"
             )
+
+
+def _note_uri(root_uri: str, kind: str, campaign_id: str, version: str) -> str:
+    return storage.join(root_uri, kind, campaign_id, f"{version}.json")
+
+
+def _leave_note(root_uri: str, kind: str, campaign_id: str, version: str, note: dict[str, str]) -> None:
+    decisions = [
+        record.facts
+        for record in runs.load_all(root_uri, "select_audience")
+        if record.status == "ok"
+        and record.facts.get("campaign_id") == campaign_id
+        and record.facts.get("version") == version
+    ]
+    if not decisions:
+        raise DataError(
+            f"campaign {campaign_id}: no selection has decided version {version}; see `couponflow status`"
+        )
+    uri = _note_uri(root_uri, kind, campaign_id, version)
+    if not storage.exists(uri):
+        seen = {name: decisions[-1].get(name) for name in ("mailed_users", "expected_cost_amount")}
+        content = {"campaign_id": campaign_id, "version": version, **note, **seen}
+        storage.create(uri, json.dumps(content, indent=1, sort_keys=True).encode(), "command line")
 
 
 def _facts(handover: Handover, manifest: dict[str, Any], already_exported: bool) -> dict[str, Any]:

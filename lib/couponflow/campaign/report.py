@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from couponflow.campaign import charts
+from couponflow.campaign import agreement, charts, formats
 from couponflow.lake import storage
 
 if TYPE_CHECKING:
@@ -46,8 +45,6 @@ CONSTRAINTS = {
     "value": ("No limit binds: everyone worth a mail was selected", ""),
     "none": ("No limit binds: all eligible users were selected", ""),
 }
-DASH = "\u2013"  # shown for a missing value
-RATIO_BAND = (0.9, 1.1)  # predicted over observed conversions; outside, a budget built on them is off
 
 
 @dataclass(frozen=True)
@@ -104,80 +101,6 @@ def write(root_or_path: str, html: str, run_id: str) -> str:
     return uri
 
 
-def waterfall_problems(selection: Facts) -> list[str]:
-    """What does not add up between user master, exclusions, control and mailed users; empty if all does."""
-    steps = selection.get("waterfall") or []
-    if not steps:
-        return []
-    problems = []
-    users = selection.get("num_users")
-    started = _count(steps[0], "remaining") + _count(steps[0], "excluded")
-    if users is not None and started != users:
-        problems.append(
-            f"The waterfall starts with {number(started)} users, the user master has {number(users)}."
-        )
-    for before, step in pairwise(steps):
-        wanted = _count(before, "remaining") - _count(step, "excluded")
-        if wanted != _count(step, "remaining"):
-            problems.append(
-                f"Step “{step.get('label') or step.get('reason')}” says {number(step.get('remaining'))} "
-                f"users remain; {number(before.get('remaining'))} less {number(step.get('excluded'))} "
-                f"is {number(wanted)}."
-            )
-    mailed = selection.get("mailed_users")
-    if mailed is not None and _count(steps[-1], "remaining") != mailed:
-        problems.append(
-            f"The waterfall ends with {number(steps[-1].get('remaining'))} users, "
-            f"the audience has {number(mailed)}."
-        )
-    for arm in ("control", "holdout"):
-        withheld = sum(_count(step, "excluded") for step in steps if step.get("reason") == arm)
-        told = selection.get(f"{arm}_users")
-        if told is not None and withheld != told:
-            problems.append(
-                f"The waterfall withholds {number(withheld)} users as {arm}, the ledger says {number(told)}."
-            )
-    return problems
-
-
-def number(value: Any) -> str:
-    """Count with thousands separators; a fraction keeps one digit; a missing value is a dash."""
-    if not charts.is_number(value):
-        return DASH if value is None or isinstance(value, float) else str(value)
-    text = f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:,.1f}"
-    return text.replace("-", charts.MINUS)
-
-
-def percent(value: Any, digits: int | None = None) -> str:
-    """Share as a percentage: one digit below 10%, none above."""
-    if not charts.is_number(value):
-        return DASH
-    places = digits if digits is not None else (1 if abs(value) < 0.0995 and value else 0)
-    return f"{value * 100:,.{places}f}%".replace("-", charts.MINUS)
-
-
-def decimal(value: Any, digits: int = 3, is_signed: bool = False) -> str:
-    """Fixed number of digits, for metrics; ``is_signed`` shows a plus too."""
-    if not charts.is_number(value):
-        return DASH
-    text = f"{value:+,.{digits}f}" if is_signed else f"{value:,.{digits}f}"
-    return text.replace("-", charts.MINUS)
-
-
-def money(value: Any, currency: str) -> str:
-    """Amount with the currency's code in front."""
-    return f"{currency}\u00a0{value:,.2f}".replace("-", charts.MINUS) if charts.is_number(value) else DASH
-
-
-def duration(seconds: Any) -> str:
-    """Seconds as people say them."""
-    if not charts.is_number(seconds):
-        return DASH
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-
-
 @cache
 def _template() -> "Template":
     from jinja2 import Environment, StrictUndefined, pass_context
@@ -185,26 +108,21 @@ def _template() -> "Template":
 
     @pass_context
     def in_currency(context: Context, amount: Any) -> str:
-        return money(amount, context["inputs"].currency)
+        return formats.money(amount, context["inputs"].currency)
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        num=number,
-        pct=percent,
-        dec=decimal,
-        signed=lambda value: decimal(value, is_signed=True),
-        dur=duration,
+        num=formats.number,
+        pct=formats.percent,
+        dec=formats.decimal,
+        signed=lambda value: formats.decimal(value, is_signed=True),
+        dur=formats.duration,
         money=in_currency,
     )
     source = resources.files("couponflow.campaign").joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source)
-
-
-def _count(row: Facts, name: str) -> int:
-    value = row.get(name)
-    return int(value) if charts.is_number(value) else 0
 
 
 def _pair(values: Any) -> tuple[float, float] | None:
@@ -218,8 +136,8 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
 
     models = _models(inputs)
     gate = _gate(inputs, models)
-    waterfall = waterfall_problems(inputs.selection)
-    conservation = [_door(row) for row in inputs.conservation]
+    waterfall = agreement.waterfall_problems(inputs.selection)
+    conservation = [agreement.with_gap(row) for row in inputs.conservation]
     verdicts = sorted(inputs.verdicts, key=lambda row: row.get("verdict") == "ok")  # stable: problems first
     used = next((model for model in models if model["is_used"]), None)
     comparisons = _comparisons(inputs, models)
@@ -252,22 +170,31 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "gain_rows": _gain_rows(used),
         "gain_legend": [(m["label"], m["colour"], m["dash"]) for m in models if m["gain_curve"]],
     }
-    context["problems"] = _problems(inputs, waterfall, conservation, used)
+    context["problems"] = agreement.find_problems(
+        inputs.selection,
+        inputs.export,
+        inputs.score,
+        inputs.verdicts,
+        inputs.stages,
+        conservation,
+        used,
+        inputs.currency,
+    )
     context["chips"] = _chips(inputs, waterfall, conservation, gate)
     return context
 
 
 def _steps(selection: Facts) -> list[dict[str, Any]]:
     rows = selection.get("waterfall") or []
-    whole = max([1, *(_count(row, "remaining") + _count(row, "excluded") for row in rows)])
+    whole = max([1, *(agreement.count(row, "remaining") + agreement.count(row, "excluded") for row in rows)])
     return [
         {
             "label": row.get("label") or row.get("reason", ""),
             "reason": row.get("reason", ""),
-            "excluded": _count(row, "excluded"),
-            "remaining": _count(row, "remaining"),
-            "kept_width": f"{100 * max(0, _count(row, 'remaining')) / whole:.2f}",
-            "lost_width": f"{100 * max(0, _count(row, 'excluded')) / whole:.2f}",
+            "excluded": agreement.count(row, "excluded"),
+            "remaining": agreement.count(row, "remaining"),
+            "kept_width": f"{100 * max(0, agreement.count(row, 'remaining')) / whole:.2f}",
+            "lost_width": f"{100 * max(0, agreement.count(row, 'excluded')) / whole:.2f}",
             "is_milestone": row.get("reason") in MILESTONES or index in (0, len(rows) - 1),
             "is_last": index == len(rows) - 1,
         }
@@ -282,7 +209,7 @@ def _constraint(inputs: ReportInputs) -> str:
     )
     price = inputs.selection.get("shadow_price")
     if unit and charts.is_number(price) and price:
-        gain = money(price, inputs.currency)
+        gain = formats.money(price, inputs.currency)
         return f"{text}: {unit.format(unit=inputs.currency)} would add about {gain} of expected profit."
     return f"{text}."
 
@@ -394,7 +321,7 @@ def _comparisons(inputs: ReportInputs, models: Sequence[Facts]) -> list[dict[str
             else:
                 verdict = "No difference is shown: the interval includes zero."
         if charts.is_number(smallest):
-            verdict += f" A true difference below about {decimal(smallest)} would easily go unseen."
+            verdict += f" A true difference below about {formats.decimal(smallest)} would easily go unseen."
         rows.append(
             {
                 "name": f"{challenger['label']} {charts.MINUS} {champion['label']}",
@@ -407,14 +334,6 @@ def _comparisons(inputs: ReportInputs, models: Sequence[Facts]) -> list[dict[str
             }
         )
     return rows
-
-
-def _door(row: Facts) -> dict[str, Any]:
-    """A conservation row with what is unaccounted for: in less out, duplicates, refused and left out."""
-    parts = ("rows_out", "duplicates", "refused", "left_out")
-    gap = _count(row, "rows_in") - sum(_count(row, part) for part in parts)
-    shown = {name: row.get(name) for name in ("door", "rows_in", *parts, "note")}
-    return {**shown, "gap": gap, "is_balanced": bool(row.get("is_balanced")) and gap == 0}
 
 
 def _stages(stages: Sequence[Facts]) -> list[dict[str, Any]]:
@@ -430,54 +349,6 @@ def _stages(stages: Sequence[Facts]) -> list[dict[str, Any]]:
         }
         for stage in stages
     ]
-
-
-def _problems(
-    inputs: ReportInputs, waterfall: Sequence[str], doors: Sequence[Facts], used: Facts | None
-) -> list[str]:
-    problems = list(waterfall)
-    selection, export = inputs.selection, inputs.export
-    cost, budget = selection.get("expected_cost_amount"), selection.get("budget_amount")
-    if charts.is_number(cost) and charts.is_number(budget) and cost > budget * (1 + 1e-9):
-        problems.append(
-            f"The expected cost {money(cost, inputs.currency)} is above the budget "
-            f"{money(budget, inputs.currency)}."
-        )
-    versions = {facts["model_version"] for facts in (selection, inputs.score) if facts.get("model_version")}
-    if len(versions) > 1:
-        problems.append(
-            f"The list was selected from the scores of {selection['model_version']}, "
-            f"the scores shown are from {inputs.score['model_version']}."
-        )
-    mailed, exported = selection.get("mailed_users"), export.get("num_recipients")
-    if export and mailed is not None and exported != mailed:
-        problems.append(
-            f"The exported file has {number(exported)} recipients, the audience {number(mailed)}; "
-            "only added seed addresses may explain that."
-        )
-    problems += [
-        f"Rows are missing at “{door['door']}”: {number(abs(door['gap']))} unaccounted for."
-        if door["gap"]
-        else f"“{door['door']}” is reported as not balanced."
-        for door in doors
-        if not door["is_balanced"]
-    ]
-    bad = [row for row in inputs.verdicts if row.get("verdict") != "ok"]
-    problems += [
-        f"Table {row.get('table_name')} is {row.get('verdict')}: {row.get('observed')}." for row in bad
-    ]
-    problems += [
-        f"Stage {stage.get('job')} ended with status {stage.get('status')}."
-        for stage in inputs.stages
-        if stage.get("status") not in ("ok", "skipped", None)
-    ]
-    ratio = used["metrics"].get("calibration_ratio") if used else None
-    if charts.is_number(ratio) and not RATIO_BAND[0] <= ratio <= RATIO_BAND[1]:
-        problems.append(
-            f"On the test campaigns the model predicted {decimal(ratio, 2)} times the conversions that came; "
-            "take the forecast with that factor in mind."
-        )
-    return problems
 
 
 def _chips(

@@ -98,7 +98,7 @@ def read(
 
 def read_or_empty(spark: SparkSession, root_uri: str, table: str) -> DataFrame:
     """Read all rows of a table that may not exist yet, such as the ledger before the first campaign."""
-    if version(spark, root_uri, table) is None:
+    if not exists(spark, root_uri, table):
         return spark.createDataFrame([], struct_type(_declared(table).columns))
     return read(spark, root_uri, table)
 
@@ -147,6 +147,11 @@ def overwrite(
         DeltaTable.forPath(frame.sparkSession, uri).history(1).select("operationMetrics").collect()[0][0]
     )
     return int(metrics.get("numOutputRows", 0))
+
+
+def exists(spark: SparkSession, root_uri: str, table: str) -> bool:
+    """Whether the table has been created; starts no Spark job."""
+    return bool(DeltaTable.isDeltaTable(spark, table_uri(root_uri, table)))
 
 
 def version(spark: SparkSession, root_uri: str, table: str) -> int | None:

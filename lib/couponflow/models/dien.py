@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from couponflow.config import ModelConfig
+from couponflow.errors import ConfigError
 from couponflow.lake import schemas
 from couponflow.models.batch import Batch
 from couponflow.models.layers import (
     AttentionScorer,
-    BatchNorm,
     Dice,
     DotScorer,
     GapEmbedding,
@@ -36,6 +36,9 @@ from couponflow.models.layers import (
 _MOMENTUM = 0.1
 _EMBEDDING_SD = 0.05
 _LAST_GAIN = 0.1
+# States start near zero. The usual 1e-5 would blow their differences up to unit size before they mean
+# anything, and a small training set is then memorised within a few epochs; grown states are well above this.
+_FINAL_NORM_EPS = 1e-2
 
 
 class Output(NamedTuple):
@@ -55,6 +58,9 @@ class Dien(nn.Module):
     Input of a step: item, category, shop, event type and gap bucket embeddings. Candidate: masked mean over
     the members of the target of item, category and shop embeddings, shared with the history; an absent field
     contributes zero. Cell ``gru`` ignores the candidate in the sequence and has no attention parameters.
+
+    Head: the concatenation is not normalised. Aggregates are standardised already, and batch normalisation
+    would lift the still meaningless embeddings to their size.
 
     Initialisation: embeddings N(0, .05) with row 0 zero, linear layers Xavier-uniform with zero bias, the
     last layer a tenth of that, the linear term of the aggregates zero.
@@ -94,14 +100,13 @@ class Dien(nn.Module):
             self.query = nn.Sequential(nn.Linear(candidate, hidden), nn.PReLU())
             self.attention = AttentionScorer(hidden, config.attention_dims)
         self.evolution = GruCell(hidden, hidden, config.cell)
-        self.final_norm = nn.LayerNorm(hidden) if config.final_norm else nn.Identity()
+        self.final_norm = nn.LayerNorm(hidden, eps=_FINAL_NORM_EPS) if config.final_norm else nn.Identity()
 
         self.project_interest = nn.Linear(hidden, candidate, bias=False)
         self.project_mean = nn.Linear(step, candidate, bias=False)
         self.register_buffer("wide_mean", torch.zeros(num_wide))
         self.register_buffer("wide_sd", torch.ones(num_wide))
         width = 3 * candidate + hidden + step + num_wide
-        self.head_norm = BatchNorm(width, momentum=_MOMENTUM)
         layers: list[nn.Module] = []
         for after in config.head_dims:
             layers += [nn.Linear(width, after), Dice(after, momentum=_MOMENTUM), nn.Dropout(config.dropout)]
@@ -132,7 +137,7 @@ class Dien(nn.Module):
             candidate * self.project_mean(mean),
             wide,
         ]
-        logits = self.last(self.head(self.head_norm(torch.cat(features, dim=1))))[:, 0]
+        logits = self.last(self.head(torch.cat(features, dim=1)))[:, 0]
         if self.wide_linear is not None:
             logits = logits + self.wide_linear(wide)[:, 0]
         return Output(logits if logits.dtype == torch.float64 else logits.float(), aux_sum, aux_count)
@@ -147,6 +152,21 @@ class Dien(nn.Module):
         """Start the last bias at the logit of the training base rate; 0 and 1 are moved inside."""
         inside = min(max(rate, 1e-6), 1 - 1e-6)
         nn.init.constant_(self.last.bias, math.log(inside / (1 - inside)))
+
+    def set_wide_linear(self, coef: Tensor, intercept: float) -> None:
+        """Start at a logistic regression on the standardised aggregates, so that the sequence adds to it.
+
+        ``coef`` [F] belongs to aggregates standardised with the stored statistics; ``intercept`` replaces the
+        base rate. On a few thousand rows the linear term would need many epochs to get there by itself.
+
+        Raises:
+            ConfigError: the model has no linear term.
+        """
+        if self.wide_linear is None:
+            raise ConfigError("a network without model.wide_skip has no linear term to start; set it to true")
+        with torch.no_grad():
+            self.wide_linear.weight.copy_(coef[None, :])
+        nn.init.constant_(self.last.bias, intercept)
 
     def _candidate(self, batch: Batch) -> Tensor:
         is_member = (batch.cand_item > 0) | (batch.cand_category > 0) | (batch.cand_shop > 0)

@@ -59,7 +59,7 @@ def count_rows(spark: SparkSession, root_uri: str, dates: DateRange) -> Counts:
 
     The days are those of the table's date column; an audience has the run date of its ledger.
     """
-    exists = {table: tables.version(spark, root_uri, table) is not None for table in CADENCES}
+    exists = {table: tables.exists(spark, root_uri, table) for table in CADENCES}
     frames = [
         _days(spark, root_uri, table)
         .where(F.col("day") < F.lit(dates.end))

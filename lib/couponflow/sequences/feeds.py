@@ -79,8 +79,9 @@ def find_delivery(root_uri: str, feed: str, dates: DateRange, closed_days: tuple
             missing.append(day)
     if missing:
         raise DataError(
-            f"feed {feed} has no delivery for {', '.join(map(str, missing[:5]))} ({len(missing)} days missing "
-            f"in {dates}); land raw/{feed}/ingest_date={missing[0]}, or list closed days in lake.closed_days"
+            f"feed {feed} has no delivery for {', '.join(map(str, missing[:5]))} ({len(missing)} days "
+            f"missing in {dates}); land raw/{feed}/ingest_date={missing[0]}, "
+            "or list closed days in lake.closed_days"
         )
     for file in files:
         if file.kind not in records.KINDS:

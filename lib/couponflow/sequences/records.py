@@ -131,7 +131,8 @@ def check_drift(feed: str, file: RawFile) -> set[str]:
         if values and all(_is_retyped(value, _ARROW_TYPES[column.type], file.kind) for value in values):
             raise DataError(
                 f"feed {feed}, file {file.uri}: column {column.name}: expected {column.type}, "
-                f"found {_kind_of(values[0])}; ask the sender for the agreed type, or correct the feed's declaration"
+                f"found {_kind_of(values[0])}; "
+                "ask the sender for the agreed type, or correct the feed's declaration"
             )
     return seen - {column.name for column in declared}
 

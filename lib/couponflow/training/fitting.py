@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,12 @@ from couponflow.training.launch import Workers
 
 if TYPE_CHECKING:
     from couponflow.models.bundle import Bundle
+    from couponflow.models.dien import Dien
 
 log = logging.getLogger("couponflow")
 
+#: Rows per rank that the warm start is fitted on; more would not change 35 coefficients.
+_WARM_ROWS = 100_000
 _TRAIN, _VALID = "train", "valid"
 _BUNDLE, _RESULT, _CONFIG, _CHECKPOINT = "bundle", "result.json", "config.json", "best.pt"
 
@@ -126,9 +129,7 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
     valid_feed = feed.Feed(dataset, _VALID, workers, 512 * workers.size)
     torch.manual_seed(settings.seed)
     network = Dien(config.model, dataset.vocabulary_sizes, len(dataset.wide_features))
-    mean, sd, rate = wide_statistics(train_feed, workers)
-    network.set_wide_statistics(torch.from_numpy(mean).float(), torch.from_numpy(sd).float())
-    network.set_base_rate(rate)
+    prepare(network, wide_rows(train_feed, workers), config)
     fitted = trainer.fit(
         network,
         train_feed.epoch,
@@ -159,20 +160,57 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
     )
 
 
-def wide_statistics(train_feed: feed.Feed, workers: Workers) -> tuple[metrics.Floats, metrics.Floats, float]:
-    """Mean and standard deviation [F] of the aggregates, and the base rate, over all ranks' training rows."""
+@dataclass(frozen=True)
+class WideRows:
+    """Aggregates of the training rows.
+
+    ``mean``, ``sd`` [F] and ``rate``: of all rows. ``wide`` [N,F], ``label`` [N]: of those that were held.
+    """
+
+    mean: metrics.Floats
+    sd: metrics.Floats
+    rate: float
+    wide: metrics.Floats
+    label: metrics.Floats
+
+
+def wide_rows(train_feed: feed.Feed, workers: Workers) -> WideRows:
+    """One pass over all ranks' training rows before the network starts; the same result on every rank."""
     total: metrics.Floats | float = 0.0
+    held: list[metrics.Floats] = []
+    num_held = 0
     for batch in train_feed.epoch():
-        wide = batch.wide.double().numpy()
-        total = total + np.concatenate(
-            [wide.sum(0), (wide**2).sum(0), [batch.size, float(batch.label.sum())]]
-        )
+        wide, label = batch.wide.double().numpy(), batch.label.double().numpy()
+        total = total + np.concatenate([wide.sum(0), (wide**2).sum(0), [batch.size, label.sum()]])
+        if num_held < _WARM_ROWS:
+            held.append(np.column_stack([wide, label]))
+            num_held += batch.size
     sums = workers.allreduce_sum(total)
-    *moments, rows, positives = sums
-    first, second = np.split(np.asarray(moments) / rows, 2)
-    sd = np.sqrt(np.maximum(second - first**2, 0.0))
-    sd[sd < 1e-6 * (1.0 + np.abs(first))] = 0.0  # constant but for rounding
-    return first, sd, float(positives / rows)
+    rows, positives = sums[-2:]
+    mean, second = np.split(sums[:-2] / rows, 2)
+    sd = np.sqrt(np.maximum(second - mean**2, 0.0))
+    sd[sd < 1e-6 * (1.0 + np.abs(mean))] = 0.0  # constant but for rounding
+    gathered = workers.gather(np.concatenate(held).ravel()).reshape(-1, mean.size + 1)
+    return WideRows(mean, sd, float(positives / rows), gathered[:, :-1], gathered[:, -1])
+
+
+def prepare(network: "Dien", rows: WideRows, config: Config) -> None:
+    """Give the network its standardisation and its start: the base rate, or the logistic model.
+
+    With ``training.warm_start`` the linear term of the aggregates and the last bias are those of the logistic
+    model of the same rows, so that the sequence part learns what the aggregates do not say.
+    """
+    import torch
+
+    from couponflow.training import baselines
+
+    network.set_wide_statistics(torch.from_numpy(rows.mean).float(), torch.from_numpy(rows.sd).float())
+    network.set_base_rate(rows.rate)
+    if config.training.warm_start and network.wide_linear is not None:
+        model = baselines.fit_logistic(rows.wide, rows.label, config.training.logistic_c)
+        with torch.no_grad():
+            network.wide_linear.weight.copy_(torch.from_numpy(model.coef)[None])
+            network.last.bias.fill_(model.intercept)
 
 
 def fit_logistic(config: Config, dataset: feed.Dataset) -> "Bundle":

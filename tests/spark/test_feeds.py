@@ -1,0 +1,91 @@
+"""clean_feeds: every feed into its table, duplicates, reasons, conservation."""
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import SparkSession
+
+from couponflow.config import Config
+from couponflow.dates import DateRange
+from couponflow.entry import Run, record_run
+from couponflow.errors import DataError
+from couponflow.lake import tables
+from jobs import clean_feeds
+
+DAYS = DateRange.parse("2024-01-10:2024-01-11")
+NOON = "2024-01-10T12:00:00Z"
+SEND = {"send_id": "s1", "campaign_id": "1", "user_id": "u1", "delivered_time": NOON, "propensity": None}
+CONSENT = {"user_id": "u1", "channel": "mail", "purpose": "marketing", "state": "granted"}
+CONSENT |= {"updated_time": NOON, "source": "crm"}
+ORDER = {"order_id": "o1", "user_id": "u1", "order_time": NOON, "total_amount": 4.0}
+CAMPAIGN = {"campaign_id": "1", "campaign_type": "A", "start_date": "2024-01-10", "end_date": "2024-01-20"}
+CAMPAIGN |= {"coupons": [{"coupon_id": "k", "category_id": "c1", "item_ids": ["i1"]}]}  # type: ignore[dict-item]  # JSON
+
+
+def land(root_uri: str, feed: str, rows: list[Any], day: str = "2024-01-10", name: str = "a.jsonl") -> None:
+    folder = Path(root_uri) / "raw" / feed / f"ingest_date={day}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def clean(spark: SparkSession, config: Config) -> Run:
+    with record_run("clean_feeds", config, DAYS) as job:
+        clean_feeds.run(spark, job)
+    return job
+
+
+def test_feeds_land_in_their_tables_with_reasons_and_counts(spark: SparkSession, config: Config) -> None:
+    root = config.lake.root_uri
+    local = config.model_copy(
+        update={"lake": config.lake.model_copy(update={"time_zone": "America/New_York"})}
+    )
+    old = SEND | {"send_id": "s2", "delivered_time": "2023-11-05T04:30:00Z"}
+    land(root, "sends", [SEND, SEND, old, SEND | {"send_id": None}, SEND | {"delivered_time": "noon"}])
+    land(root, "sends", [SEND | {"coupon_id": "later file"}], name="b.jsonl")
+    land(root, "sends", [SEND], day="2024-01-11")
+    land(root, "orders", [ORDER, ORDER | {"order_id": "o2", "total_amount": None}])
+    land(root, "orders", [], day="2024-01-11")
+    land(root, "campaigns", [CAMPAIGN, CAMPAIGN | {"campaign_id": "2", "end_date": "2024-01-09"}])
+    land(root, "consents", [CONSENT, CONSENT | {"user_id": "u2", "state": "perhaps"}])
+    land(root, "consents", [CONSENT | {"state": "denied"}], day="2024-01-11")
+    land(root, "users", [{"user_id": "u1", "has_attributes": True, "attributes": {"age": "45"}, "extra": 1}])
+
+    job = clean(spark, local)
+    sends = {(r["send_id"], r["ingest_date"].day): r for r in tables.read(spark, root, "sends").collect()}
+    assert set(sends) == {("s1", 10), ("s1", 11), ("s2", 10)}
+    assert sends["s1", 10]["coupon_id"] == "later file"
+    assert sends["s2", 10]["send_date"] == date(2023, 11, 5)  # 00:30 EDT
+    assert (job.rows["sends_raw_rows"], job.rows["sends"], job.rows["sends_duplicates"]) == (7, 3, 2)
+    refused = tables.read(spark, root, "quarantine").collect()
+    assert {(r["feed"], r["row_number"], r["reason"]) for r in refused} == {
+        ("sends", 3, "missing_send_id"),
+        ("sends", 4, "bad_time"),
+        ("orders", 1, "missing_total_amount"),
+        ("campaigns", 1, "bad_time"),
+        ("consents", 1, "unknown_state"),
+    }
+    consents = {r["snapshot_date"].day: r["state"] for r in tables.read(spark, root, "consents").collect()}
+    assert consents == {10: "granted", 11: "denied"}
+    campaign = tables.read(spark, root, "campaigns").collect()
+    assert [(r["campaign_id"], r["coupons"][0]["item_ids"]) for r in campaign] == [("1", ["i1"])]
+    assert tables.read(spark, root, "users").collect()[0]["attributes"] == {"age": "45"}
+    assert job.facts["users"]["new_columns"] == ["extra"]
+    assert job.rows["catalogue"] == 0
+
+    land(root, "sends", [SEND])  # the sender repaired the file: stale refusals must go, other feeds' stay
+    clean(spark, local)
+    left = tables.read(spark, root, "quarantine").where("feed in ('sends', 'orders')").collect()
+    assert [(r["feed"], r["reason"]) for r in left] == [("orders", "missing_total_amount")]
+
+
+def test_drift_in_one_feed_stops_before_any_table_is_written(spark: SparkSession, config: Config) -> None:
+    root = config.lake.root_uri
+    for day in ("2024-01-10", "2024-01-11"):
+        land(root, "orders", [ORDER], day=day)
+    land(root, "users", [{"user_id": "u1", "has_attributes": "yes"}])
+    with pytest.raises(DataError, match=r"feed users.*has_attributes: expected boolean, found string"):
+        clean(spark, config)
+    assert tables.version(spark, root, "orders") is None

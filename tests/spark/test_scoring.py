@@ -1,0 +1,203 @@
+"""The Spark score equals the direct one, the bundle is loaded once per worker, bad scores are held back."""
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from builders import D0, make_frame, make_row
+from pyspark.sql import DataFrame, SparkSession
+
+from couponflow.campaign import scoring
+from couponflow.config import ModelConfig, ScoringConfig
+from couponflow.errors import ConfigError, DataError
+from couponflow.lake import schemas
+from couponflow.models.batch import RANDOM_SIZES, decode
+from couponflow.models.bundle import Bundle, save_bundle
+from couponflow.models.calibration import Calibrator
+from couponflow.models.dien import Dien
+
+SECTION = ScoringConfig(arrow_batch_rows=16, chunk_rows=7)
+NUM_WIDE = len(schemas.WIDE_FEATURES)
+CAMPAIGNS = ("17", "18")
+Packed = dict[str, Any]
+
+
+def packed_users(size: int, max_length: int = 30) -> list[Packed]:
+    """Users with histories of every length from 0, two targets of different sizes each."""
+    draw = np.random.default_rng(0)
+    ids = [RANDOM_SIZES[name] for name in ("item", "category", "shop", "event_type")]
+    users = []
+    for number in range(size):
+        length = int(draw.integers(0, max_length + 1)) if number else 0
+        history = np.column_stack(
+            [draw.integers(1, n, length) for n in ids] + [draw.integers(0, 9999, length)]
+        )
+        sizes = [int(draw.integers(1, 4)) for _ in CAMPAIGNS]
+        targets = np.column_stack([draw.integers(1, n, sum(sizes)) for n in ids[:3]])
+        users.append(
+            {
+                "user_id": f"u{number:03d}",
+                "length": length,
+                "history": history.astype("<i4").tobytes(),
+                "target_ids": list(CAMPAIGNS),
+                "target_sizes": sizes,
+                "targets": targets.astype("<i4").tobytes(),
+                "wide": draw.normal(size=(2, NUM_WIDE)).astype("<f4").tobytes(),
+            }
+        )
+    return users
+
+
+def examples_frame(spark: SparkSession, users: list[Packed], vocabulary: str = "v1") -> DataFrame:
+    over = {"vocabulary_version": vocabulary, "as_of_date": D0}
+    return make_frame(spark, "scoring_examples", [make_row("scoring_examples", **u, **over) for u in users])
+
+
+def direct(bundle: Bundle, users: list[Packed], campaign: str) -> dict[str, tuple[float, float]]:
+    """One user at a time, without Spark, Arrow or chunks."""
+    place, found = CAMPAIGNS.index(campaign), {}
+    for user in users:
+        first = 12 * sum(user["target_sizes"][:place])
+        target = user["targets"][first : first + 12 * user["target_sizes"][place]]
+        wide = user["wide"][4 * NUM_WIDE * place : 4 * NUM_WIDE * (place + 1)]
+        logit = bundle.logits(decode([user["history"]], [target], [wide]))
+        found[user["user_id"]] = (
+            float(torch.sigmoid(torch.tensor(logit[0]))),
+            float(bundle.probabilities(logit)[0]),
+        )
+    return found
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    torch.manual_seed(0)
+    network = Dien(ModelConfig(hidden_dim=8), dict(RANDOM_SIZES), NUM_WIDE)
+    with torch.no_grad():  # an untrained head is nearly constant; spread it
+        for parameter in network.parameters():
+            parameter.mul_(1.5)
+    calibrator = Calibrator("platt", slope=0.8, intercept=-1.0)
+    return Bundle(network.eval(), "v1", dict(RANDOM_SIZES), calibrator=calibrator)
+
+
+@pytest.fixture(scope="module")
+def folder(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("bundle") / "model"
+    save_bundle(bundle, place)
+    return place
+
+
+def test_spark_scores_equal_direct_scores(spark: SparkSession, bundle: Bundle, folder: Path) -> None:
+    users = packed_users(150)
+    expected = direct(bundle, users, "18")
+    assert expected != direct(bundle, users, "17")
+    master = spark.createDataFrame([(u["user_id"],) for u in users], "user_id string")
+    total_loads = 0
+    for partitions in (1, 5):
+        examples = examples_frame(spark, users).repartition(partitions)
+        with scoring.scored(examples, master, folder, "18", D0, SECTION) as (predictions, facts):
+            rows = {row.user_id: row for row in predictions.collect()}
+            assert predictions.count() == len(rows)
+        assert set(rows) == set(expected)
+        for user, (score, probability) in expected.items():
+            assert rows[user].score == pytest.approx(score, abs=1e-6)
+            assert rows[user].conversion_probability == pytest.approx(probability, abs=1e-6)
+        cold = {u["user_id"] for u in users if u["length"] == 0}
+        assert {user for user, row in rows.items() if row.is_cold_start} == cold != set()
+        assert (facts["num_users"], facts["cold_start_users"]) == (150, len(cold))
+        assert facts["mean_probability"] == pytest.approx(np.mean([p for _, p in expected.values()]))
+        assert (facts["model_version"], facts["kind"]) == (bundle.model_version, "dien")
+        assert {(r.campaign_id, r.target_id, r.run_date) for r in rows.values()} == {("18", "18", D0)}
+        total_loads += facts["bundle_loads"]
+    # 10 Arrow batches or more in each of two runs, on the two Python workers of local[2].
+    assert 1 <= total_loads <= spark.sparkContext.defaultParallelism
+
+
+def test_rows_are_independent_of_batch_and_chunk(bundle: Bundle) -> None:
+    users = packed_users(40)
+    rows = pa.RecordBatch.from_pylist(users)
+    whole = scoring.score_rows(bundle, rows, "18", D0, 512)
+    assert whole.column("user_id").to_pylist() == [u["user_id"] for u in users]
+    assert whole.schema.names == list(schemas.TABLES["predictions"].column_names)
+    for chunk_rows, size in ((1, 40), (7, 40), (512, 1), (5, 13)):
+        parts = [
+            scoring.score_rows(bundle, rows.slice(start, size), "18", D0, chunk_rows)
+            for start in range(0, 40, size)
+        ]
+        joined = pa.Table.from_batches(parts)
+        for name in ("score", "conversion_probability"):
+            # float32 sums of another shape of batch
+            np.testing.assert_allclose(joined.column(name), whole.column(name), atol=1e-6, rtol=0)
+    assert scoring.score_rows(bundle, rows, "99", D0).num_rows == 0
+    assert scoring.score_rows(bundle, rows.slice(0, 0), "18", D0).num_rows == 0
+
+
+def test_a_bundle_is_checked_and_kept(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
+    content = scoring.pack_folder(folder)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert scoring.pack_folder(copy) == content
+    archive = tmp_path / "bundle.tar"
+    archive.write_bytes(content)
+    digest = scoring.storage.sha256(content)
+    threads = torch.get_num_threads()
+    try:
+        opened = scoring.open_bundle(archive, digest)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert opened.model_version == bundle.model_version
+    archive.write_bytes(b"gone")
+    assert scoring.open_bundle(archive, digest) is opened
+    with pytest.raises(ConfigError, match="differs from what the driver has sent"):
+        scoring.open_bundle(archive, "0" * 64)
+
+
+def test_other_vocabulary_or_malformed_examples_stop(spark: SparkSession, folder: Path) -> None:
+    users = packed_users(6)
+    master = spark.createDataFrame([(u["user_id"],) for u in users], "user_id string")
+
+    def attempt(examples: DataFrame) -> None:
+        with scoring.scored(examples, master, folder, "18", D0, SECTION):
+            raise AssertionError("the gates are open")
+
+    with pytest.raises(ConfigError, match="expects vocabulary v1, table scoring_examples has v2"):
+        attempt(examples_frame(spark, users, "v2"))
+    with pytest.raises(DataError, match="run build_examples"):
+        attempt(examples_frame(spark, []))
+    broken = [*users[:-1], users[-1] | {"length": users[-1]["length"] + 1}]
+    with pytest.raises(DataError, match="length and history disagree"):
+        attempt(examples_frame(spark, broken))
+    other = [*users[:-1], users[-1] | {"target_ids": ["17", "19"]}]
+    with pytest.raises(DataError, match="1 users of the master without a score"):
+        attempt(examples_frame(spark, other))
+
+
+def test_gates_before_publishing(spark: SparkSession) -> None:
+    master = spark.createDataFrame([(f"u{n}",) for n in range(3)], "user_id string").coalesce(1)
+    good = {"u0": 0.1, "u1": 0.2, "u2": 0.0}
+
+    def check(rows: list[tuple[str, float | None]]) -> dict[str, Any]:
+        made = [
+            make_row(
+                "predictions", user_id=u, score=0.5, conversion_probability=p, run_date=D0 + timedelta(1)
+            )
+            for u, p in rows
+        ]
+        return scoring.check_predictions(make_frame(spark, "predictions", made).coalesce(1), master)
+
+    assert check([*good.items()])["num_users"] == 3
+    bad: dict[str, list[tuple[str, float | None]]] = {
+        "1 users of the master without a score": [("u0", 0.1), ("u1", 0.2)],
+        "1 scored users who are not in the master": [*good.items(), ("u9", 0.3)],
+        "1 users with several scores": [*good.items(), ("u1", 0.2)],
+        "2 scores that are null, NaN or outside": [("u0", None), ("u1", float("nan")), ("u2", 0.2)],
+        "1 scores that are null, NaN or outside": [("u0", 1.0000001), ("u1", 1.0), ("u2", 0.2)],
+        "the model is constant": [("u0", 0.2), ("u1", 0.2), ("u2", 0.2)],
+    }
+    for message, rows in bad.items():
+        with pytest.raises(DataError, match=message):
+            check(rows)

@@ -1,0 +1,204 @@
+"""Delivered files as Arrow tables: positions, broken records, drift, pseudonyms. No JVM."""
+
+import hashlib
+import hmac
+import io
+import json
+import math
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from couponflow.config import EventsConfig
+from couponflow.dates import DateRange
+from couponflow.errors import ConfigError, DataError
+from couponflow.lake import schemas
+from couponflow.sequences import feeds, records
+
+DAY = date(2024, 1, 10)
+KEY = records.PseudonymKey("v1", b"0123456789abcdef")
+
+
+def order(**over: Any) -> dict[str, Any]:
+    base = {"order_id": "o1", "user_id": "u1", "order_time": "2024-01-10T08:00:00Z", "total_amount": 2.5}
+    return base | {"shop_id": "s1"} | over
+
+
+def lines(*rows: Any) -> bytes:
+    return b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows)
+
+
+def parse(
+    content: bytes, name: str = "a.jsonl", feed: str = "orders", key: Any = None
+) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = records.parse_file(
+        records.RawFile(DAY, name, name), content, feed, key
+    ).to_pylist()
+    return found
+
+
+def test_the_fast_and_the_patient_path_read_the_same_rows() -> None:
+    rows = [order(order_id=f"o{n}", total_amount=5.55e-17 * n, shop_id=None, extra=n) for n in range(5)]
+    rows.append(order(order_time="2024-01-10T08:00:00.123456+01:00"))
+    fast = parse(lines(*rows))
+    assert fast == [row for row in parse(lines(*rows, b"{broken")) if not row["_corrupt"]]
+    assert fast[4]["total_amount"] == 5.55e-17 * 4
+    assert fast[5]["order_time"] == datetime(2024, 1, 10, 7, 0, 0, 123456, tzinfo=UTC)
+    assert [row["row_number"] for row in fast] == list(range(6))
+
+
+def test_a_broken_record_is_flagged_and_its_neighbours_keep_their_positions() -> None:
+    bad = [
+        b'{"order_id": "cut',
+        b"null",
+        b"[1]",
+        b'{"order_id": "\xff\xfe"}',
+        b'{"order_id": "\\ud800"}',
+        b"[" * 100_000,
+        json.dumps(order(order_id="x" * 20_000)).encode(),
+        json.dumps(order(total_amount="2.5")).encode(),
+    ]
+    found = parse(lines(order(), b"", *bad, order(order_id="o2")))
+    assert [row["_corrupt"] for row in found] == [False, *[True] * len(bad), False]
+    assert [row["row_number"] for row in found] == [0, *range(2, 3 + len(bad))]
+    assert found[-1]["order_id"] == "o2"
+    assert {row["source_file"] for row in found} == {"a.jsonl"}
+
+
+@pytest.mark.parametrize("bad", [b"null", json.dumps(order(order_id="x" * 20_000)).encode()])
+def test_what_the_fast_path_would_let_through_is_flagged_too(bad: bytes) -> None:
+    assert [row["_corrupt"] for row in parse(lines(order(), bad))] == [False, True]
+
+
+def test_an_unreadable_time_is_null_and_not_corrupt() -> None:
+    found = parse(lines(order(order_time="yesterday"), order(order_time=1704873600000)))
+    assert [(row["order_time"], row["_corrupt"]) for row in found] == [(None, False)] * 2
+
+
+def test_not_a_number_is_read_and_an_empty_file_has_no_rows() -> None:
+    assert math.isnan(parse(b'{"total_amount": NaN}\n')[0]["total_amount"])
+    assert parse(b"") == []
+
+
+def test_maps_and_nested_coupons_are_read() -> None:
+    user = {"user_id": "u1", "has_attributes": True, "attributes": {"age": "45-54", "income": None}}
+    assert parse(lines(user), feed="users")[0]["attributes"] == [("age", "45-54"), ("income", None)]
+    coupons = [{"coupon_id": "k", "category_id": None, "item_ids": ["i1", "i2"]}]
+    row = {"campaign_id": "1", "campaign_type": "A", "start_date": "2024-01-01", "coupons": coupons}
+    found = parse(lines(row | {"end_date": "2024-02-30"}), feed="campaigns")[0]
+    assert (found["coupons"], found["start_date"], found["end_date"]) == (coupons, date(2024, 1, 1), None)
+    assert parse(lines(row | {"coupons": [{"item_ids": "i1"}]}), feed="campaigns")[0]["_corrupt"]
+
+
+def test_csv_and_parquet_give_the_rows_of_json() -> None:
+    rows = [order(), order(order_id="o2", shop_id=None)]
+    head = list(rows[0])
+    text = "\n".join([",".join(head), *(",".join(str(r[n] or "") for n in head) for r in rows)]) + "\n"
+    buffer = io.BytesIO()
+    when = datetime(2024, 1, 10, 8, tzinfo=UTC)
+    pq.write_table(pa.Table.from_pylist([r | {"order_time": when} for r in rows]), buffer)
+    wanted = [row | {"source_file": None} for row in parse(lines(*rows))]
+    for content, name in ((text.encode(), "a.csv"), (buffer.getvalue(), "a.parquet")):
+        assert [row | {"source_file": None} for row in parse(content, name)] == wanted
+
+
+def test_pseudonyms_are_hmac_sha256_and_leave_empty_ids_to_validation() -> None:
+    found = parse(
+        lines(order(), order(user_id="ü"), order(user_id=""), order(user_id=None), order()), key=KEY
+    )
+    u1, umlaut = (hmac.new(KEY.secret, name.encode(), hashlib.sha256).hexdigest() for name in ("u1", "ü"))
+    assert [row["user_id"] for row in found] == [u1, umlaut, "", None, u1]
+    assert records.pseudonym("u1", KEY) == u1
+    assert "0123456789" not in repr(KEY)
+
+
+def test_the_key_comes_from_the_named_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = EventsConfig(key_variable="SOME_KEY", key_version="v7")
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"SOME_KEY .* set it"):
+        feeds.load_key(settings)
+    monkeypatch.setenv("SOME_KEY", "k" * 16)
+    assert feeds.load_key(settings) == records.PseudonymKey("v7", b"k" * 16)
+    assert feeds.load_key(EventsConfig(pseudonymise=False)) is None
+
+
+def land(root: Path, day: str, content: bytes, name: str = "a.jsonl", feed: str = "orders") -> None:
+    folder = root / "raw" / feed / f"ingest_date={day}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+
+
+def find(
+    root: Path, dates: str = "2024-01-10", closed: tuple[date, ...] = (), feed: str = "orders"
+) -> feeds.Delivery:
+    return feeds.find_delivery(str(root), feed, DateRange.parse(dates), closed)
+
+
+def test_a_missing_day_stops_and_a_closed_or_empty_one_does_not(tmp_path: Path) -> None:
+    land(tmp_path, "2024-01-10", lines(order()))
+    land(tmp_path, "2024-01-12", b"")
+    with pytest.raises(DataError, match=r"feed orders has no delivery for 2024-01-11 .*; land raw/orders"):
+        find(tmp_path, "2024-01-10:2024-01-12")
+    delivery = find(tmp_path, "2024-01-10:2024-01-12", (date(2024, 1, 11),))
+    assert [str(file.ingest_date) for file in delivery.files] == ["2024-01-10", "2024-01-12"]
+    assert find(tmp_path, "2024-01-10:2024-01-12", feed="sends").files == ()
+
+
+def test_a_new_column_is_named_and_a_hidden_file_ignored(tmp_path: Path) -> None:
+    land(tmp_path, "2024-01-10", lines(order(), order(colour="red")))
+    land(tmp_path, "2024-01-10", b"junk", "_SUCCESS")
+    delivery = find(tmp_path)
+    assert (delivery.new_columns, len(delivery.files)) == (("colour",), 1)
+
+
+def test_a_nullable_column_may_be_absent_and_one_bad_record_is_no_drift(tmp_path: Path) -> None:
+    without = {name: value for name, value in order().items() if name != "shop_id"}
+    land(tmp_path, "2024-01-10", lines(without, order(total_amount="x"), b"{", order(user_id=None)))
+    assert find(tmp_path).new_columns == ()
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        (
+            [{k: v for k, v in order().items() if k != "user_id"}] * 2,
+            "user_id: expected string, found no such",
+        ),
+        ([order(total_amount="2.5")] * 2, "total_amount: expected double, found string"),
+        ([order(order_time=1704873600000)] * 2, "order_time: expected timestamp, found number"),
+        ([order(shop_id=7)], "shop_id: expected string, found number"),
+    ],
+)
+def test_a_missing_or_retyped_column_stops_and_names_the_file(
+    tmp_path: Path, rows: list[dict[str, Any]], text: str
+) -> None:
+    land(tmp_path, "2024-01-10", lines(*rows), "part-7.jsonl")
+    with pytest.raises(DataError, match=rf"feed orders, file .*part-7\.jsonl: column {text}") as caught:
+        find(tmp_path)
+    assert caught.value.exit_code == 3
+
+
+def test_a_parquet_file_of_another_type_or_cut_short_stops(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([order(total_amount="much")]), buffer)
+    land(tmp_path, "2024-01-10", buffer.getvalue(), "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: column total_amount: expected double, found string"):
+        find(tmp_path)
+    land(tmp_path, "2024-01-10", buffer.getvalue()[:-20], "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: not readable as Parquet"):
+        find(tmp_path)
+
+
+def test_an_unknown_kind_of_file_stops(tmp_path: Path) -> None:
+    land(tmp_path, "2024-01-10", b"", "a.xlsx")
+    with pytest.raises(DataError, match=r"a\.xlsx: unknown kind"):
+        find(tmp_path)
+
+
+def test_every_feed_has_arrow_types() -> None:
+    for feed in schemas.FEEDS.values():
+        assert records.arrow_schema(feed.columns).names == [column.name for column in feed.columns]
