@@ -6,39 +6,40 @@ With --campaign: all users of one as_of date -> scoring_examples and histories. 
 from pyspark.sql import SparkSession
 
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
-from couponflow.errors import ConfigError
 from couponflow.lake import tables
-from couponflow.sequences import examples
+from couponflow.sequences import examples, vocabulary
+from couponflow.training import feed
 
 app = job_app(__doc__)
 
 
 def run(spark: SparkSession, job: Run) -> None:
     """Build training rows of a range or, with a campaign, scoring rows of one day."""
-    if job.campaign and len(job.dates) != 1:
-        raise ConfigError(f"--campaign scores one day, not {job.dates}; give --dates D")
-    inputs = examples.read_inputs(spark, job.config, job.dates.last)
-    job.facts["vocabulary_version"] = inputs.vocabulary_version
-    inputs.events.persist()
-    try:
-        if job.campaign:
-            rows = examples.build_scoring(inputs, job.campaign, job.dates.start, job.config).persist()
-            for table in ("scoring_examples", "histories"):
-                job.rows[table] = tables.overwrite(rows, job.root_uri, table, job.dates, job.run_id)
-            rows.unpersist()
-        else:
-            complete_until = examples.watermark(spark, job.root_uri, job.config.lake.time_zone)
-            rows = examples.read_labelled(spark, job.config, job.dates, complete_until).persist()
-            built = examples.build_training(inputs, rows, job.config, complete_until)
-            table, size = "training_examples", built.max_rows_per_file
-            written = tables.overwrite(built.frame, job.root_uri, table, job.dates, job.run_id, size)
-            assert written == sum(built.splits.values()), f"{written} rows written of {built.splits}"
-            job.rows.update({table: written, "population": built.population})
-            job.facts.update(built.facts)
-            rows.unpersist()
+    with examples.cached_inputs(spark, job.config, job.dates.last) as inputs:
+        build = _build_scoring if job.campaign else _build_training
+        build(spark, inputs, job)
+        job.facts["vocabulary_version"] = inputs.vocabulary_version
         job.facts["oov_share"] = examples.oov_shares(inputs.events)
-    finally:
-        inputs.events.unpersist()
+
+
+def _build_scoring(spark: SparkSession, inputs: examples.Inputs, job: Run) -> None:
+    with examples.cached(examples.build_scoring(inputs, job.campaign, job.run_date, job.config)) as rows:
+        for table in ("scoring_examples", "histories"):
+            job.rows[table] = tables.overwrite(rows, job.root_uri, table, job.dates, job.run_id)
+
+
+def _build_training(spark: SparkSession, inputs: examples.Inputs, job: Run) -> None:
+    root, table = job.root_uri, "training_examples"
+    complete_until = examples.watermark(spark, root, job.config.lake.time_zone)
+    with examples.cached(examples.read_labelled(spark, job.config, job.dates, complete_until)) as labelled:
+        built = examples.build_training(inputs, labelled, job.config, complete_until)
+        size = built.max_rows_per_file
+        written = tables.overwrite(built.frame, root, table, job.dates, job.run_id, size)
+    job.rows.update({table: built.checked(written), "population": built.population})
+    version, files = examples.files_by_split(spark, root)
+    sizes = vocabulary.sizes(inputs.vocabulary)
+    uri = feed.write_manifest(root, version, files, inputs.vocabulary_version, sizes, job.run_id)
+    job.facts.update({**built.facts, "dataset": uri})
 
 
 @app.command()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -99,17 +99,28 @@ class _JsonLines(logging.Formatter):
         )
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to whatever stderr is when a line is logged."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """Nothing to keep: the base class sets it once."""
+
+
 def set_up_logging(as_json: bool = False) -> None:
     """Log to stderr, once per process."""
     if log.handlers:
         return
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(
         _JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
     )
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 @contextmanager

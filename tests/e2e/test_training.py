@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from couponflow.config import TrainingConfig
 from couponflow.errors import DataError
-from couponflow.lake import runs, schemas
+from couponflow.lake import layouts, runs
 from couponflow.models.batch import Batch, empty_batch, random_batch
 from couponflow.training import feed, launch, registry, trainer
 
@@ -99,7 +99,7 @@ def make_row(number: int, split: str) -> dict[str, object]:
         np.sort(generator.integers(0, 90_000, length))[::-1],
     ]
     target = np.array([[0, generator.integers(2, 12), 0], [5, 0, 0]])
-    wide = generator.normal(size=len(schemas.WIDE_FEATURES))
+    wide = generator.normal(size=len(layouts.WIDE_FEATURES))
     logit = 2.0 * wide[0] + 2.0 * bool(np.isin(history[:, 1], target[0, 1]).any()) - 1.5
     return {
         "example_id": f"c{number % 2}:u{number // 2}:2024-01-10",

@@ -11,7 +11,7 @@ from builders import make_event, make_frame, make_row
 from pyspark.sql import SparkSession
 
 from couponflow.dates import day_start
-from couponflow.lake.schemas import WIDE_FEATURES
+from couponflow.lake.layouts import WIDE_FEATURES
 from couponflow.sequences import aggregates
 
 ZONE = "America/New_York"

@@ -11,7 +11,7 @@ from builders import D0, T0, make_event, make_frame, minutes
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.lake.schemas import HISTORY_FIELDS
+from couponflow.lake.layouts import HISTORY_FIELDS
 from couponflow.sequences import histories
 
 Key = tuple[str, datetime]

@@ -15,14 +15,14 @@ from pyspark.sql import DataFrame, SparkSession
 from couponflow.campaign import scoring
 from couponflow.config import ModelConfig, ScoringConfig
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import schemas
+from couponflow.lake import layouts, schemas
 from couponflow.models.batch import RANDOM_SIZES, decode
 from couponflow.models.bundle import Bundle, save_bundle
 from couponflow.models.calibration import Calibrator
 from couponflow.models.dien import Dien
 
 SECTION = ScoringConfig(arrow_batch_rows=16, chunk_rows=7)
-NUM_WIDE = len(schemas.WIDE_FEATURES)
+NUM_WIDE = len(layouts.WIDE_FEATURES)
 CAMPAIGNS = ("17", "18")
 Packed = dict[str, Any]
 

@@ -8,7 +8,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from couponflow.dates import DateRange
 from couponflow.errors import DataError
-from couponflow.lake import schemas
+from couponflow.lake import layouts
 from couponflow.sequences import vocabulary
 
 DATES = DateRange(date(2024, 1, 1), date(2024, 2, 1))
@@ -43,7 +43,7 @@ def test_a_version_is_a_function_of_range_count_and_values(spark: SparkSession) 
         "c0": 2,
         "c1": 3,
     }
-    fixed = {name: number for number, name in enumerate(schemas.EVENT_TYPES, 2)}
+    fixed = {name: number for number, name in enumerate(layouts.EVENT_TYPES, 2)}
     assert {v: n for (f, v), n in index.items() if f == "event_type"} == {"<PAD>": 0, "<OOV>": 1, **fixed}
     assert built(events.repartition(5).orderBy("price")) == rows
     versions = {rows[0][0], built(events, min_count=1)[0][0]}

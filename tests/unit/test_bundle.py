@@ -14,13 +14,13 @@ import torch
 
 from couponflow.config import ModelConfig
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import schemas
+from couponflow.lake import layouts
 from couponflow.models.batch import RANDOM_SIZES, random_batch
 from couponflow.models.bundle import Blend, Bundle, Logistic, load_bundle, save_bundle
 from couponflow.models.calibration import Calibrator
 from couponflow.models.dien import Dien
 
-NUM_WIDE = len(schemas.WIDE_FEATURES)
+NUM_WIDE = len(layouts.WIDE_FEATURES)
 SMALL = ModelConfig(
     item_dim=3, category_dim=3, shop_dim=2, type_dim=1, gap_dim=1, hidden_dim=4, head_dims=(6, 4)
 )
@@ -89,7 +89,7 @@ def test_round_trip_is_exact(kind: str, tmp_path: Path) -> None:
     assert loaded.model_version.startswith(f"{kind}-")
     assert len(loaded.model_version) == len(kind) + 13
     assert loaded.vocabulary_sizes == RANDOM_SIZES
-    assert loaded.wide_features == schemas.WIDE_FEATURES
+    assert loaded.wide_features == layouts.WIDE_FEATURES
     assert loaded.calibrator == bundle.calibrator
     assert loaded.metrics == bundle.metrics
     logits = bundle.logits(BATCH)
@@ -209,8 +209,8 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
         ({"schema_version": 2}, "schema version 2, this code reads up to 1; install a newer couponflow"),
         ({"kind": "oracle"}, "unknown kind 'oracle'"),
         ({"kind": "logistic"}, "missing or malformed"),
-        ({"wide_features": [*schemas.WIDE_FEATURES[:-1], "shoe_size"]}, "has_attributes, shoe_size"),
-        ({"wide_features": list(reversed(schemas.WIDE_FEATURES))}, "their order"),
+        ({"wide_features": [*layouts.WIDE_FEATURES[:-1], "shoe_size"]}, "has_attributes, shoe_size"),
+        ({"wide_features": list(reversed(layouts.WIDE_FEATURES))}, "their order"),
         ({"model_version": "dien-000000000000"}, "the manifest says dien-000000000000"),
         ({"vocabulary_sizes": RANDOM_SIZES | {"item": 51}}, "something else than this network's weights"),
         ({"schema_version": None}, "is no bundle manifest"),

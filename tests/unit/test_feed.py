@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import ArrayLike
 
 from couponflow.errors import ConfigError, ConflictError, DataError
-from couponflow.lake import schemas
+from couponflow.lake import layouts
 from couponflow.training import feed
 from couponflow.training.launch import Workers
 
@@ -22,7 +22,7 @@ SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
 
 def make_example(number: int, split: str = "train", length: int = 2) -> dict[str, object]:
     """A row whose first aggregate is its number."""
-    wide = np.r_[number, np.random.default_rng(number).normal(size=len(schemas.WIDE_FEATURES) - 1)]
+    wide = np.r_[number, np.random.default_rng(number).normal(size=len(layouts.WIDE_FEATURES) - 1)]
     generator = np.random.default_rng([number, 1])
     history = np.c_[generator.integers(1, 8, (length, 4)), np.arange(length, 0, -1) * 1440]
     return {
@@ -57,7 +57,7 @@ def make_dataset(folder: Path, sizes: tuple[int, ...], valid: int = 1) -> feed.D
         files["train"][uri] = size - min(valid, size)
         files["valid"][uri] = min(valid, size)
         number += size
-    return feed.Dataset(3, "v1", SIZES, schemas.WIDE_FEATURES, files)
+    return feed.Dataset(3, "v1", SIZES, layouts.WIDE_FEATURES, files)
 
 
 class Thread(Workers):
@@ -134,7 +134,7 @@ def test_a_rank_without_any_row_of_the_split_yields_fillers(tmp_path: Path) -> N
     first = write_file(tmp_path, "a.parquet", [make_example(n) for n in range(5)])
     second = write_file(tmp_path, "b.parquet", [make_example(n, "valid") for n in range(5, 8)])
     files = {"train": {first: 5, second: 0}}
-    dataset = feed.Dataset(1, "v1", SIZES, schemas.WIDE_FEATURES, files)
+    dataset = feed.Dataset(1, "v1", SIZES, layouts.WIDE_FEATURES, files)
     left, right = run_ranks(2, lambda workers: numbers(feed.Feed(dataset, "train", workers, 4).epoch()))
     assert [len(step) for step in left] == [2, 2, 1]
     assert right == [[], [], []]
@@ -155,7 +155,7 @@ def test_shuffling_repeats_by_seed_and_epoch(tmp_path: Path) -> None:
 def test_rows_that_differ_from_the_manifest_stop_all_ranks(tmp_path: Path, said: int) -> None:
     first = write_file(tmp_path, "a.parquet", [make_example(n, "train" if n else "valid") for n in range(5)])
     second = write_file(tmp_path, "b.parquet", [make_example(n) for n in range(5, 8)])
-    dataset = feed.Dataset(1, "v1", SIZES, schemas.WIDE_FEATURES, {"train": {first: said, second: 3}})
+    dataset = feed.Dataset(1, "v1", SIZES, layouts.WIDE_FEATURES, {"train": {first: said, second: 3}})
     found = run_ranks(2, lambda workers: list(feed.Feed(dataset, "train", workers, 4).epoch()))
     assert all(isinstance(error, DataError) for error in found), found
     assert f"expected {said + 3} rows, read 7" in str(found[0])
@@ -170,7 +170,7 @@ def test_damaged_data_stops_all_ranks_and_names_the_file(tmp_path: Path) -> None
     content = bytearray(path.read_bytes())
     content[4:4000] = bytes(3996)
     path.write_bytes(content)
-    dataset = feed.Dataset(1, "v1", SIZES, schemas.WIDE_FEATURES, {"train": {good: 300, bad: 300}})
+    dataset = feed.Dataset(1, "v1", SIZES, layouts.WIDE_FEATURES, {"train": {good: 300, bad: 300}})
     left, right = run_ranks(2, lambda workers: list(feed.Feed(dataset, "train", workers, 64).epoch()))
     assert isinstance(left, DataError)
     assert isinstance(right, DataError)
@@ -219,7 +219,7 @@ def test_drifted_columns_are_named(tmp_path: Path, column: str, value: object, m
     pq.write_table(table, tmp_path / "x.parquet")
     files = {"train": {(tmp_path / "x.parquet").as_uri(): 3}}
     with pytest.raises(DataError, match=f"column .*x.parquet: {message}"):
-        feed.check(feed.Dataset(1, "v1", SIZES, schemas.WIDE_FEATURES, files), "train", columns=(column,))
+        feed.check(feed.Dataset(1, "v1", SIZES, layouts.WIDE_FEATURES, files), "train", columns=(column,))
 
 
 @pytest.mark.parametrize("where", ["_common_metadata", "part-0.parquet"])

@@ -352,7 +352,7 @@ def test_disagreeing_records_are_listed_at_the_top() -> None:
     ).text
     top = text[text.index("Look at this before") : text.index("Who gets the mail, and who does not")]
     assert "expected cost USD 130.00 is above the budget USD 120.00" in top
-    assert "exported file has 413 recipients, the audience 412" in top
+    assert "exported file has 413 recipients and 0 users withdrew, the audience has 412" in top
     assert "“raw receipts to events”: 47 unaccounted for" in top
     assert "Table events is stale: 4 days behind." in top
     assert "predicted 1.80 times the conversions that came" in top

@@ -14,7 +14,7 @@ from builders import test_config
 
 from couponflow.config import Config
 from couponflow.errors import ConfigError, ConflictError
-from couponflow.lake import schemas
+from couponflow.lake import layouts, schemas
 from couponflow.sources import synthetic
 from couponflow.sources.synthetic_world import draw_world
 
@@ -105,7 +105,7 @@ def _kind(
 ) -> str:
     if row["user_id"] is None:
         return "malformed_user"
-    if row["event_type"] not in schemas.EVENT_TYPES:
+    if row["event_type"] not in layouts.EVENT_TYPES:
         return "malformed_event_type"
     if row["price"] is not None and row["price"] < 0:
         return "malformed_price"
@@ -161,7 +161,7 @@ def test_every_feed_is_landed_and_daily_feeds_every_day(shop: Shop) -> None:
             assert all(row[column] is not None for row in shop.all(name) for column in required), name
         assert sum(map(len, shop.feeds[name].values())) == shop.rows[name]
     clean = shop.clean()
-    assert {row["event_type"] for row in clean} == set(schemas.EVENT_TYPES)
+    assert {row["event_type"] for row in clean} == set(layouts.EVENT_TYPES)
     catalogue = {row["item_id"]: (row["category_id"], row["shop_id"]) for row in shop.all("catalogue")}
     assert all(
         catalogue[row["item_id"]] == (row["category_id"], row["shop_id"]) for row in clean if row["item_id"]

@@ -29,7 +29,7 @@ from pyspark.sql import functions as F
 
 from couponflow.config import ScoringConfig
 from couponflow.errors import ConfigError, CouponflowError, DataError, InfraError
-from couponflow.lake import schemas, storage, tables
+from couponflow.lake import layouts, schemas, storage, tables
 
 if TYPE_CHECKING:
     from couponflow.models.bundle import Bundle
@@ -47,9 +47,9 @@ _OUTPUT = pa.schema(
         ("is_cold_start", pa.bool_()),
     ]
 )
-_EVENT_BYTES = 4 * len(schemas.HISTORY_FIELDS)
-_MEMBER_BYTES = 4 * len(schemas.TARGET_FIELDS)
-_WIDE_BYTES = 4 * len(schemas.WIDE_FEATURES)
+_EVENT_BYTES = 4 * len(layouts.HISTORY_FIELDS)
+_MEMBER_BYTES = 4 * len(layouts.TARGET_FIELDS)
+_WIDE_BYTES = 4 * len(layouts.WIDE_FEATURES)
 _BATCH_ROWS = "spark.sql.execution.arrow.maxRecordsPerBatch"
 _OUR_ERROR = re.compile(r"couponflow\.errors\.(ConfigError|DataError|InfraError): (.+)")
 

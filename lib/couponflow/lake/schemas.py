@@ -1,64 +1,13 @@
 """Every table and raw feed as plain-Python declarations: grain, key, partition, columns with units.
 
-No Spark here, so that the torch side may read the packed layouts. ``tables`` turns a declaration into
-Spark types and checks every write against it.
+No Spark here: ``tables`` turns a declaration into Spark types and checks every write against it.
 """
 
 from dataclasses import dataclass, field
 
+from couponflow.lake import layouts
+
 SCHEMA_VERSION = 1
-
-#: Fields of one packed history event, in order; int32 little-endian, row-major ``[length, fields]``.
-HISTORY_FIELDS = ("item", "category", "shop", "event_type", "age_minutes")
-#: Fields of one packed auxiliary negative, aligned with the history; 0 where none could be drawn.
-NEGATIVE_FIELDS = ("item", "category")
-#: Fields of one packed target member; 0 where a member does not name the field.
-TARGET_FIELDS = ("item", "category", "shop")
-
-#: Vocabulary fields and their reserved indices.
-VOCABULARY_FIELDS = ("item", "category", "shop", "event_type")
-PAD, OOV, FIRST_INDEX = 0, 1, 2
-
-EVENT_TYPES = ("view", "search", "favourite", "cart", "purchase", "mail_open", "mail_click")
-
-#: The wide aggregates beside the sequence, in packed order; float32. Counts, money and days are log1p'd.
-WIDE_FEATURES = (
-    "num_orders_all",
-    "num_orders_28_days",
-    "num_orders_7_days",
-    "num_lines_all",
-    "num_lines_28_days",
-    "spend_amount_all",
-    "spend_amount_28_days",
-    "spend_amount_56_days",
-    "recency_days",
-    "tenure_days",
-    "num_categories",
-    "num_coupon_lines_all",
-    "num_coupon_lines_28_days",
-    "num_coupon_lines_91_days",
-    "coupon_amount_all",
-    "coupon_recency_days",
-    "num_coupon_match_lines",
-    "discount_amount_all",
-    "num_discount_lines",
-    "num_promoted_lines_all",
-    "num_promoted_lines_56_days",
-    "promoted_amount_all",
-    "num_promoted_items",
-    "num_redemptions",
-    "num_redeemed_campaigns",
-    "redemption_recency_days",
-    "num_campaigns_received",
-    "num_campaigns_finished",
-    "num_campaign_coupons",
-    "num_campaign_items",
-    "campaign_days",
-    "is_type_a",
-    "is_type_b",
-    "is_type_c",
-    "has_attributes",
-)
 
 
 @dataclass(frozen=True)
@@ -107,7 +56,7 @@ COUPON_TYPE = "array<struct<coupon_id:string,category_id:string,item_ids:array<s
 _EVENT_COLUMNS = (
     _required("event_id", "string", "id from content; its order carries no meaning"),
     _USER,
-    _required("event_type", "string", "one of " + ", ".join(EVENT_TYPES)),
+    _required("event_type", "string", "one of " + ", ".join(layouts.EVENT_TYPES)),
     _required("event_time", "timestamp", "when it happened, UTC"),
     _required("ingest_time", "timestamp", "when it was delivered, UTC"),
     Column("item_id", "string", "item; null for search and mail events"),
@@ -339,7 +288,7 @@ TABLES: dict[str, Table] = {
             ("version",),
             (
                 _required("version", "string", "vocabulary version"),
-                _required("field", "string", "one of " + ", ".join(VOCABULARY_FIELDS)),
+                _required("field", "string", "one of " + ", ".join(layouts.VOCABULARY_FIELDS)),
                 _required("value", "string", "value; <PAD> and <OOV> included"),
                 _required("index", "int", "0 PAD, 1 OOV, real values from 2"),
                 _required(
@@ -381,7 +330,7 @@ TABLES: dict[str, Table] = {
                 _HISTORY,
                 _required("negatives", "binary", "int32 LE [length, item category], aligned with history"),
                 _required("target", "binary", "int32 LE [members, item category shop]"),
-                _required("wide", "binary", "float32 LE [features], schemas.WIDE_FEATURES"),
+                _required("wide", "binary", "float32 LE [features], layouts.WIDE_FEATURES"),
                 _required("vocabulary_version", "string", "ids are of this version"),
             ),
             ("as_of_date", "split"),
@@ -401,7 +350,7 @@ TABLES: dict[str, Table] = {
                 _required("target_ids", "array<string>", "campaigns to score"),
                 _required("target_sizes", "array<int>", "members per target"),
                 _required("targets", "binary", "int32 LE [sum of target_sizes, item category shop]"),
-                _required("wide", "binary", "float32 LE [targets, features], schemas.WIDE_FEATURES"),
+                _required("wide", "binary", "float32 LE [targets, features], layouts.WIDE_FEATURES"),
                 _required("vocabulary_version", "string", "ids are of this version"),
             ),
         ),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from couponflow.errors import DataError
-from couponflow.lake import schemas
+from couponflow.lake import layouts
 
 Array = np.ndarray[Any, np.dtype[Any]]
 MINUTES_PER_DAY = 1440.0
@@ -22,7 +22,7 @@ MINUTES_PER_DAY = 1440.0
 RANDOM_SIZES: dict[str, int] = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
 
 _HISTORY, _NEGATIVE, _TARGET = (
-    len(names) for names in (schemas.HISTORY_FIELDS, schemas.NEGATIVE_FIELDS, schemas.TARGET_FIELDS)
+    len(names) for names in (layouts.HISTORY_FIELDS, layouts.NEGATIVE_FIELDS, layouts.TARGET_FIELDS)
 )
 _IDS = _HISTORY - 1  # every history field but the age is an id
 
@@ -108,7 +108,7 @@ def decode(
             raise DataError(f"{name} has {len(values)} rows, history {size}; rebuild the examples")
 
     events, length = _records("history", history, _HISTORY)
-    _refuse("history", "holds id 0", length, (events[:, :_IDS] < schemas.OOV).any(1))
+    _refuse("history", "holds id 0", length, (events[:, :_IDS] < layouts.OOV).any(1))
     _refuse("history", "holds an event after as_of", length, events[:, _IDS] < 0)
     members, num_members = _records("target", target, _TARGET)
     _refuse("target", "holds a negative id", num_members, (members < 0).any(1))
@@ -159,7 +159,7 @@ def random_batch(
     *,
     max_length: int = 12,
     max_members: int = 3,
-    num_wide: int = len(schemas.WIDE_FEATURES),
+    num_wide: int = len(layouts.WIDE_FEATURES),
     vocabulary_sizes: Mapping[str, int] | None = None,
     length: Sequence[int] | None = None,
 ) -> Batch:
@@ -180,10 +180,10 @@ def random_batch(
     members = torch.arange(max_members) < integers(0, max_members + 1, size)[:, None]
 
     def history(field: str) -> Tensor:
-        return integers(schemas.OOV, sizes[field], size, steps) * mask
+        return integers(layouts.OOV, sizes[field], size, steps) * mask
 
     def candidate(field: str) -> Tensor:
-        ids = integers(schemas.OOV, sizes[field], size, max_members)
+        ids = integers(layouts.OOV, sizes[field], size, max_members)
         return ids * members * (integers(0, 4, size, max_members) > 0)
 
     return Batch(

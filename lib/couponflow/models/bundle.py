@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from couponflow.config import ModelConfig
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import schemas
+from couponflow.lake import layouts
 from couponflow.models.batch import Array, Batch
 from couponflow.models.calibration import IDENTITY, Calibrator
 from couponflow.models.dien import Dien
@@ -100,7 +100,7 @@ class Bundle:
     model: Dien | Logistic | Blend
     vocabulary_version: str
     vocabulary_sizes: dict[str, int]
-    wide_features: tuple[str, ...] = schemas.WIDE_FEATURES
+    wide_features: tuple[str, ...] = layouts.WIDE_FEATURES
     calibrator: Calibrator = IDENTITY
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -227,8 +227,8 @@ def load_bundle(folder: Path, vocabulary_version: str | None = None) -> Bundle:
     kind, version = manifest["kind"], manifest["model_version"]
     if kind not in KINDS:
         raise ConfigError(f"{folder}: unknown kind {kind!r}, this code reads {', '.join(KINDS)}")
-    if tuple(manifest["wide_features"]) != schemas.WIDE_FEATURES:
-        differ = sorted(set(manifest["wide_features"]) ^ set(schemas.WIDE_FEATURES)) or ["their order"]
+    if tuple(manifest["wide_features"]) != layouts.WIDE_FEATURES:
+        differ = sorted(set(manifest["wide_features"]) ^ set(layouts.WIDE_FEATURES)) or ["their order"]
         raise ConfigError(
             f"model {version} was trained on other aggregates ({', '.join(differ)}); train again"
         )

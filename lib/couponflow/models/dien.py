@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from couponflow.config import ModelConfig
 from couponflow.errors import ConfigError
-from couponflow.lake import schemas
+from couponflow.lake import layouts
 from couponflow.models.batch import Batch
 from couponflow.models.layers import (
     AttentionScorer,
@@ -72,12 +72,12 @@ class Dien(nn.Module):
     def __init__(self, config: ModelConfig, vocabulary_sizes: Mapping[str, int], num_wide: int) -> None:
         """Build the network.
 
-        ``vocabulary_sizes`` is the number of ids per field of ``schemas.VOCABULARY_FIELDS``, PAD and OOV
+        ``vocabulary_sizes`` is the number of ids per field of ``layouts.VOCABULARY_FIELDS``, PAD and OOV
         included; ``num_wide`` the number of aggregates.
         """
         super().__init__()
         self.config = config
-        sizes = {name: vocabulary_sizes[name] for name in schemas.VOCABULARY_FIELDS}
+        sizes = {name: vocabulary_sizes[name] for name in layouts.VOCABULARY_FIELDS}
         content, hidden = config.item_dim + config.category_dim, config.hidden_dim
         candidate = content + config.shop_dim
         step = candidate + config.type_dim + config.gap_dim

@@ -1,6 +1,6 @@
 """Wide aggregates: what was known about a user, and of the user with a campaign, before a cut-off.
 
-Exactly ``schemas.WIDE_FEATURES``, packed float32. All dates are business days: an event is known at the
+Exactly ``layouts.WIDE_FEATURES``, packed float32. All dates are business days: an event is known at the
 start of ``as_of_date`` iff the later of its event date and its delivery's date lies before, and it is in a
 window of n days iff event_date >= as_of_date - n. Money is summed in whole micro-units, so that a value does
 not depend on how rows were partitioned.
@@ -11,7 +11,7 @@ from functools import reduce
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.lake import schemas
+from couponflow.lake import layouts
 from couponflow.sequences import packing
 
 #: Days written where an event never happened.
@@ -37,7 +37,7 @@ def build(
     """Build the packed aggregates of each (user, campaign, as_of).
 
     Grain: one row per row of ``population`` (user_id, campaign_id, as_of, as_of_date), its key; users
-        without events stay. Adds ``wide``, float32 LE in the order of ``schemas.WIDE_FEATURES``.
+        without events stay. Adds ``wide``, float32 LE in the order of ``layouts.WIDE_FEATURES``.
     Input: ``events`` with ``known_date``; the other frames as their tables, one row per campaign.
     Units: counts, money (configured currency, floored at 0) and days go through log1p; flags are 0 or 1.
     Nulls: a user without events has zeros, recencies of 365 days and a tenure of 0.
@@ -68,7 +68,7 @@ def build(
         "campaign_id",
         "as_of",
         "as_of_date",
-        F.array(*[_finished(n) for n in schemas.WIDE_FEATURES]).alias("wide"),
+        F.array(*[_finished(n) for n in layouts.WIDE_FEATURES]).alias("wide"),
     ).mapInArrow(
         packing.with_packed_wide,
         "user_id string, campaign_id string, as_of timestamp, as_of_date date, wide binary",

@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 from couponflow.config import EventsConfig, QuarantineRule
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError
-from couponflow.lake import schemas, tables
+from couponflow.lake import layouts, schemas, tables
 from couponflow.sequences import feeds
 
 FIRST_YEAR, LAST_YEAR = 2000, 2098  # outside: 1970 and 2099 clocks, milliseconds read as seconds
@@ -83,7 +83,7 @@ def _checks(lateness_days: int) -> list[tuple[str, Column]]:
     return [
         ("missing_user", _is_empty("user_id")),
         ("missing_event_id", _is_empty("event_id")),
-        ("unknown_event_type", ~F.coalesce(F.col("event_type").isin(*schemas.EVENT_TYPES), F.lit(False))),
+        ("unknown_event_type", ~F.coalesce(F.col("event_type").isin(*layouts.EVENT_TYPES), F.lit(False))),
         ("bad_time", F.col("event_time").isNull() | F.col("ingest_time").isNull()),
         ("clock_skew", ~year.between(FIRST_YEAR, LAST_YEAR)),
         ("future_event", (ahead > FUTURE_MINUTES * 60_000_000) | (days_late < -1)),

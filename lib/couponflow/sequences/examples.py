@@ -5,7 +5,8 @@ auxiliary negatives, scoring takes every user of the master. A row is a function
 was known before its ``as_of``, so any set of days may be built in any order.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from pyspark.sql import types as T
 from couponflow.config import Config, ExamplesConfig
 from couponflow.dates import MAX_DAYS, DateRange, day_start
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import schemas, tables
+from couponflow.lake import layouts, tables
 from couponflow.sequences import aggregates, conversions, events, histories, packing, vocabulary
 
 if TYPE_CHECKING:
@@ -60,6 +61,19 @@ class Training:
     def population(self) -> int:
         """Rows asked for: kept and left out."""
         return sum(self.splits.values()) + sum(self.left_out.values())
+
+    def checked(self, written: int) -> int:
+        """Rows written, which must be those of the splits.
+
+        Raises:
+            DataError: the table took other rows.
+        """
+        if written != sum(self.splits.values()):
+            raise DataError(
+                f"table training_examples: {written} rows written, {sum(self.splits.values())} built; "
+                "run build_examples again"
+            )
+        return written
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -237,7 +251,7 @@ def read_labelled(
 def oov_shares(encoded: DataFrame) -> dict[str, float]:
     """Share of the events read whose value has no index, per vocabulary field; 0 without events."""
     is_oov = [
-        F.avg((F.col(f"{name}_index") == schemas.OOV).cast("double")).alias(name)
+        F.avg((F.col(f"{name}_index") == layouts.OOV).cast("double")).alias(name)
         for name in vocabulary.COLUMNS
     ]
     row = encoded.agg(*is_oov).collect()[0]
@@ -325,6 +339,32 @@ def build_training(inputs: Inputs, labelled: DataFrame, config: Config, complete
     )
     frame = complete.repartition(num_files, "file_key").sortWithinPartitions("row_hash", "example_id")
     return Training(frame, splits, left_out, max_rows, complete_until, config.examples.seed)
+
+
+def files_by_split(spark: SparkSession, root_uri: str) -> tuple[int, dict[str, dict[str, int]]]:
+    """The newest version of ``training_examples`` and, per split, its files with their rows."""
+    version = tables.version(spark, root_uri, "training_examples")
+    snapshot = tables.read(spark, root_uri, "training_examples", version=version)
+    files = {split: tables.snapshot_files(snapshot.where(F.col("split") == split)) for split in SPLITS}
+    return version or 0, {split: found for split, found in files.items() if found}
+
+
+@contextmanager
+def cached(frame: DataFrame) -> Iterator[DataFrame]:
+    """Lend a frame that is computed once and forgotten afterwards."""
+    kept = frame.persist()
+    try:
+        yield kept
+    finally:
+        kept.unpersist()
+
+
+@contextmanager
+def cached_inputs(spark: SparkSession, config: Config, last: date) -> Iterator[Inputs]:
+    """Lend the inputs of ``read_inputs`` with their events cached."""
+    inputs = read_inputs(spark, config, last)
+    with cached(inputs.events):
+        yield inputs
 
 
 def _with_file(rows: DataFrame, splits: dict[str, int], num_ranks: int) -> tuple[DataFrame, int, int]:

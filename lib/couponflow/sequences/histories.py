@@ -11,21 +11,21 @@ import numpy as np
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.lake import schemas
+from couponflow.lake import layouts
 from couponflow.sequences import packing
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _OUTPUT = "user_id string, as_of timestamp, as_of_date date, length int, history binary"
-_INDICES = tuple(f"{name}_index" for name in schemas.HISTORY_FIELDS[:-1])
+_INDICES = tuple(f"{name}_index" for name in layouts.HISTORY_FIELDS[:-1])
 
 
 def build(events: DataFrame, population: DataFrame, length: int) -> DataFrame:
     """Pack the history of each user at each cut-off.
 
     Grain: one row per distinct (user_id, as_of) of ``population``; users without events stay, with length
-        0 and an empty history. Adds ``length`` and ``history`` (``schemas.HISTORY_FIELDS``, oldest first).
+        0 and an empty history. Adds ``length`` and ``history`` (``layouts.HISTORY_FIELDS``, oldest first).
     Input: ``events`` encoded by ``vocabulary.encode``; ``population`` with user_id, as_of, as_of_date.
     Rule: event_time < as_of and ingest_time < as_of, both strict; the ``length`` most recent are kept.
     Order: (event_time, event_id). ``event_id`` is a hash: inside an equal time the order means nothing.
@@ -70,10 +70,10 @@ def build(events: DataFrame, population: DataFrame, length: int) -> DataFrame:
     return ordered.mapInArrow(pack_partition, _OUTPUT)
 
 
-def readable(frame: DataFrame, columns: tuple[str, ...] = schemas.HISTORY_FIELDS) -> DataFrame:
+def readable(frame: DataFrame, columns: tuple[str, ...] = layouts.HISTORY_FIELDS) -> DataFrame:
     """Replace the packed ``history`` by one list column per field, for analysts.
 
-    Grain: as given. Adds ``history_<field>`` array<int> for each of ``schemas.HISTORY_FIELDS``.
+    Grain: as given. Adds ``history_<field>`` array<int> for each of ``layouts.HISTORY_FIELDS``.
     """
     unpacked = "array<array<int>>"
 

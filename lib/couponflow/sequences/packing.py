@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from couponflow.lake.schemas import HISTORY_FIELDS, NEGATIVE_FIELDS, TARGET_FIELDS, WIDE_FEATURES
+from couponflow.lake.layouts import HISTORY_FIELDS, NEGATIVE_FIELDS, TARGET_FIELDS, WIDE_FEATURES
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -115,7 +115,7 @@ def pack_histories(rows: pa.Table, length: int) -> pa.RecordBatch:
 
 
 def with_packed_wide(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Pack the last column, a list of ``schemas.WIDE_FEATURES`` per row, as float32."""
+    """Pack the last column, a list of ``layouts.WIDE_FEATURES`` per row, as float32."""
     for batch in batches:
         values = batch.columns[-1].flatten().to_numpy(zero_copy_only=False).astype("<f4")
         matrix = values.reshape(batch.num_rows, len(WIDE_FEATURES))

@@ -13,7 +13,7 @@ from pyspark.sql import functions as F
 
 from couponflow.dates import DateRange
 from couponflow.errors import DataError
-from couponflow.lake import schemas, storage, tables
+from couponflow.lake import layouts, storage, tables
 
 PAD_VALUE, OOV_VALUE = "<PAD>", "<OOV>"
 #: Vocabulary field -> column of events that holds its values.
@@ -53,7 +53,7 @@ def build(counts: DataFrame, min_count: int, dates: DateRange) -> DataFrame:
 
     Grain: one row per (field, value) of table ``vocabularies``; all rows carry the same version.
     Rule: items with at least ``min_count`` events, and every category and shop, get indices from 2 in
-        sorted order; event types keep the fixed order of ``schemas.EVENT_TYPES``, seen or not.
+        sorted order; event types keep the fixed order of ``layouts.EVENT_TYPES``, seen or not.
     Counts: ``num_events`` of ``<OOV>`` are the events whose value got no index.
     Nulls: a missing value has no row; ``encode`` gives it OOV.
     Cost: reads ``counts`` twice (for the name and for the rows): cache it. The values of one field are
@@ -61,7 +61,7 @@ def build(counts: DataFrame, min_count: int, dates: DateRange) -> DataFrame:
     """
     spark = counts.sparkSession
     fixed = spark.createDataFrame(
-        [("event_type", name, index) for index, name in enumerate(schemas.EVENT_TYPES, schemas.FIRST_INDEX)],
+        [("event_type", name, index) for index, name in enumerate(layouts.EVENT_TYPES, layouts.FIRST_INDEX)],
         "field string, value string, fixed_index int",
     )
     enough = F.when(F.col("field") == "item", F.col("num_events") >= min_count).otherwise(True)
@@ -78,7 +78,7 @@ def build(counts: DataFrame, min_count: int, dates: DateRange) -> DataFrame:
     kept = marked.where("has_index").select(
         "field",
         "value",
-        F.coalesce("fixed_index", F.row_number().over(by_value) + F.lit(schemas.FIRST_INDEX - 1)).alias(
+        F.coalesce("fixed_index", F.row_number().over(by_value) + F.lit(layouts.FIRST_INDEX - 1)).alias(
             "index"
         ),
         "num_events",
@@ -87,8 +87,8 @@ def build(counts: DataFrame, min_count: int, dates: DateRange) -> DataFrame:
     reserved = spark.createDataFrame(
         [
             (field, value, index)
-            for field in schemas.VOCABULARY_FIELDS
-            for value, index in ((PAD_VALUE, schemas.PAD), (OOV_VALUE, schemas.OOV))
+            for field in layouts.VOCABULARY_FIELDS
+            for value, index in ((PAD_VALUE, layouts.PAD), (OOV_VALUE, layouts.OOV))
         ],
         "field string, value string, index int",
     )
@@ -96,7 +96,7 @@ def build(counts: DataFrame, min_count: int, dates: DateRange) -> DataFrame:
         "field",
         "value",
         "index",
-        F.when(F.col("index") == schemas.OOV, F.coalesce("num_events", F.lit(0)))
+        F.when(F.col("index") == layouts.OOV, F.coalesce("num_events", F.lit(0)))
         .otherwise(0)
         .cast("bigint")
         .alias("num_events"),
@@ -120,11 +120,17 @@ def oov_shares(vocabulary: DataFrame) -> dict[str, float]:
         vocabulary.groupBy("field")
         .agg(
             F.sum("num_events").alias("all"),
-            F.sum(F.when(F.col("index") == schemas.OOV, F.col("num_events"))).alias("lost"),
+            F.sum(F.when(F.col("index") == layouts.OOV, F.col("num_events"))).alias("lost"),
         )
         .collect()
     )
     return {row["field"]: row["lost"] / row["all"] if row["all"] else 0.0 for row in rows}
+
+
+def sizes(vocabulary: DataFrame) -> dict[str, int]:
+    """Rows an embedding of each field needs: the largest index + 1."""
+    rows = vocabulary.groupBy("field").agg((F.max("index") + 1).alias("size")).collect()
+    return {row["field"]: int(row["size"]) for row in rows}
 
 
 def publish(root_uri: str, current: Current) -> None:
@@ -172,10 +178,10 @@ def encode(frame: DataFrame, vocabulary: DataFrame, fields: tuple[str, ...] = tu
     for field in fields:
         column = COLUMNS[field]
         mapping = vocabulary.where(
-            (F.col("field") == field) & (F.col("index") >= schemas.FIRST_INDEX)  # PAD and OOV are no values
+            (F.col("field") == field) & (F.col("index") >= layouts.FIRST_INDEX)  # PAD and OOV are no values
         ).select(F.col("value").alias(column), F.col("index").alias(f"{field}_index"))
         frame = frame.join(F.broadcast(mapping), column, "left").withColumn(
-            f"{field}_index", F.coalesce(f"{field}_index", F.lit(schemas.OOV))
+            f"{field}_index", F.coalesce(f"{field}_index", F.lit(layouts.OOV))
         )
     return frame
 

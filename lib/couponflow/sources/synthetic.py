@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 
 from couponflow.config import Config
-from couponflow.lake.schemas import EVENT_TYPES
+from couponflow.lake.layouts import EVENT_TYPES
 from couponflow.sources import landing
 from couponflow.sources.landing import NULL, Landing, numbers, text, texts
 from couponflow.sources.synthetic_dirt import DIRT, DIRT_CODES, NO_TIME, with_dirt

@@ -9,7 +9,7 @@ that is delivered after midnight is beyond the horizon too.
 import numpy as np
 import pandas as pd
 
-from couponflow.lake.schemas import EVENT_TYPES
+from couponflow.lake.layouts import EVENT_TYPES
 from couponflow.sources.synthetic_world import HOUR_SECONDS, NUM_DEVICES, SHARD_USERS, VIEW, World
 
 #: Code of an event type that does not exist.

@@ -18,7 +18,7 @@ import pandas as pd
 from couponflow.config import Config
 from couponflow.dates import DateRange, day_start
 from couponflow.errors import ConfigError
-from couponflow.lake.schemas import EVENT_TYPES
+from couponflow.lake.layouts import EVENT_TYPES
 from couponflow.sources.landing import Array
 
 NUM_CATEGORIES, ITEMS_PER_CATEGORY, CATEGORIES_PER_SHOP = 60, 20, 5

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from couponflow.errors import ConfigError, CouponflowError, DataError
-from couponflow.lake import schemas, storage
+from couponflow.lake import layouts, schemas, storage
 from couponflow.training.launch import Workers
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def write_manifest(
         table_version,
         vocabulary_version,
         dict(vocabulary_sizes),
-        schemas.WIDE_FEATURES,
+        layouts.WIDE_FEATURES,
         {split: dict(sorted(named.items())) for split, named in sorted(files.items())},
     )
     content = json.dumps({"table": TABLE, **asdict(dataset)}, indent=1, sort_keys=True).encode()
@@ -112,10 +112,10 @@ def load_manifest(root_uri: str, table_version: int | None = None) -> Dataset:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{uri} is no dataset manifest ({error!r}); run build_examples again") from error
-    if dataset.wide_features != schemas.WIDE_FEATURES:
+    if dataset.wide_features != layouts.WIDE_FEATURES:
         raise DataError(
             f"{uri} lists {len(dataset.wide_features)} aggregates that differ from the "
-            f"{len(schemas.WIDE_FEATURES)} of this code; run build_examples again"
+            f"{len(layouts.WIDE_FEATURES)} of this code; run build_examples again"
         )
     return dataset
 
