@@ -25,7 +25,9 @@ from rich.table import Table
 from couponflow import pipeline
 from couponflow.entry import log
 
-out = Console(highlight=False)
+_terminal = Console(highlight=False)
+#: Tables keep a readable width in a log file, where no terminal sets one.
+out = _terminal if _terminal.is_terminal else Console(highlight=False, width=120)
 _HEARTBEAT_SECONDS = 15.0
 _POLL_SECONDS = 0.5
 

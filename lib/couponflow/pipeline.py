@@ -137,7 +137,6 @@ def plan(config: Config) -> list[Stage]:
             ("lake", "monitoring"),
             (f"export_audience campaign {campaign}", "sessionize", "evaluate"),
             ("verdicts",),
-            campaign,
         ),
     ]
 

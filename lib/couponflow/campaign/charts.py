@@ -255,7 +255,9 @@ def draw_all(
         losses += [Series(name, points, colour, dash)] if len(points) > 1 else []
     if losses:
         text = "; ".join(f"{s.name}: lowest {min(p[1] for p in s.points):.4f}" for s in losses)
-        axes, formats = ("Epoch", "Log loss"), ("{:.0f}", "{:.3f}")
+        values = [point[1] for series in losses for point in series.points]
+        digits = max(3, _decimals(ticks(min(values), max(values))))
+        axes, formats = ("Epoch", "Log loss"), ("{:.0f}", f"{{:.{digits}f}}")
         made["training"] = lines(
             "training", "Validation log loss", text, losses, labels=axes, formats=formats
         )

@@ -57,7 +57,7 @@ def collect(config: Config, records: Records, skipped: set[str], spark: SparkSes
             for name, record in records.items()
         ],
         conservation=conservation(config, records),
-        verdicts=facts.get(f"monitor campaign {campaign}", {}).get("verdicts", []),
+        verdicts=facts.get("monitor", {}).get("verdicts", []),
         table_versions={table: n for record in records.values() for table, n in record.versions.items()},
         run_id=newest.run_id if newest else "",
         config_fingerprint=config.fingerprint(),
@@ -172,7 +172,6 @@ def conservation(config: Config, records: Records) -> list[dict[str, Any]]:
                 rows["events"],
                 rows["quarantine"],
                 rows["duplicates"],
-                note="by feed",
             )
         )
     if "clean_feeds" in records:
