@@ -113,7 +113,7 @@ def test_dirt_is_counted_exactly(world: World) -> None:
     lines = (Path(world.root) / "truth" / "dirt.jsonl").read_text().splitlines()
     truth: dict[str, int] = {}
     for line in map(json.loads, lines):
-        truth[line["kind"]] = truth.get(line["kind"], 0) + line["num_lines"]
+        truth[line["kind"]] = truth.get(line["kind"], 0) + line["rows"]
     rows = world.records()["clean_events"].rows
     refused = sum(n for kind, n in truth.items() if kind.startswith(("malformed", "skew", "late_beyond")))
     assert rows["quarantine"] == refused

@@ -15,7 +15,7 @@ from couponflow.config import Config, EventsConfig, QuarantineRule
 from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import tables
+from couponflow.lake import schemas, tables
 from couponflow.sequences import events, feeds
 from jobs import clean_events
 
@@ -30,6 +30,9 @@ def record(event_id: str, **over: Any) -> dict[str, Any]:
 
 
 def land(root_uri: str, rows: list[Any], day: date = DAY, name: str = "a.jsonl") -> None:
+    """Deliver rows; declared columns that a record leaves out are null."""
+    unknown = {column.name: None for column in schemas.FEEDS["events"].columns}
+    rows = [unknown | row if isinstance(row, dict) else row for row in rows]
     folder = Path(root_uri) / "raw" / "events" / f"ingest_date={day}"
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)

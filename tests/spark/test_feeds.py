@@ -12,7 +12,7 @@ from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
 from couponflow.errors import DataError
-from couponflow.lake import tables
+from couponflow.lake import schemas, tables
 from jobs import clean_feeds
 
 DAYS = DateRange.parse("2024-01-10:2024-01-11")
@@ -26,6 +26,9 @@ CAMPAIGN |= {"coupons": [{"coupon_id": "k", "category_id": "c1", "item_ids": ["i
 
 
 def land(root_uri: str, feed: str, rows: list[Any], day: str = "2024-01-10", name: str = "a.jsonl") -> None:
+    """Deliver rows; declared columns that a record leaves out are null."""
+    unknown = {column.name: None for column in schemas.FEEDS[feed].columns}
+    rows = [unknown | row if isinstance(row, dict) else row for row in rows]
     folder = Path(root_uri) / "raw" / feed / f"ingest_date={day}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -155,10 +155,16 @@ def test_a_new_column_is_named_and_a_hidden_file_ignored(tmp_path: Path) -> None
     assert (delivery.new_columns, len(delivery.files)) == (("colour",), 1)
 
 
-def test_a_nullable_column_may_be_absent_and_one_bad_record_is_no_drift(tmp_path: Path) -> None:
-    without = {name: value for name, value in order().items() if name != "shop_id"}
-    land(tmp_path, "2024-01-10", lines(without, order(total_amount="x"), b"{", order(user_id=None)))
+def test_null_values_and_one_bad_record_are_no_drift(tmp_path: Path) -> None:
+    rows = (order(shop_id=None), order(total_amount="x"), b"{", order(user_id=None))
+    land(tmp_path, "2024-01-10", lines(*rows))
     assert find(tmp_path).new_columns == ()
+
+
+def test_a_file_without_one_readable_record_stops(tmp_path: Path) -> None:
+    land(tmp_path, "2024-01-10", b"\x00\xff{\n[\n", "part-7.jsonl")
+    with pytest.raises(DataError, match=r"part-7\.jsonl: expected jsonl records, found none"):
+        find(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +174,7 @@ def test_a_nullable_column_may_be_absent_and_one_bad_record_is_no_drift(tmp_path
             [{k: v for k, v in order().items() if k != "user_id"}] * 2,
             "user_id: expected string, found no such",
         ),
+        ([{k: v for k, v in order().items() if k != "shop_id"}], "shop_id: expected string, found no such"),
         ([order(total_amount="2.5")] * 2, "total_amount: expected double, found string"),
         ([order(order_time=1704873600000)] * 2, "order_time: expected timestamp, found number"),
         ([order(shop_id=7)], "shop_id: expected string, found number"),

@@ -7,6 +7,7 @@ the new rows of a range and never a mix, and a rerun with no rows empties the ra
 import os
 import re
 import sys
+import uuid
 from datetime import date
 from typing import Any
 
@@ -131,11 +132,12 @@ def overwrite(
     uri = table_uri(root_uri, table)
     shaped = _conform(frame, declared)
     _create_if_absent(frame.sparkSession, declared, uri)
+    mark = f"{run_id} {uuid.uuid4().hex[:8]}"
     writer = (
         shaped.write.format("delta")
         .mode("overwrite")
         .option("replaceWhere", _predicate(declared, dates, equals))
-        .option("userMetadata", run_id)
+        .option("userMetadata", mark)
     )
     if rows_per_file is not None:
         writer = writer.option("maxRecordsPerFile", rows_per_file)
@@ -143,10 +145,7 @@ def overwrite(
         writer.save(uri)
     except Exception as error:
         raise _write_error(error, table, dates or equals) from error
-    metrics = (
-        DeltaTable.forPath(frame.sparkSession, uri).history(1).select("operationMetrics").collect()[0][0]
-    )
-    return int(metrics.get("numOutputRows", 0))
+    return _rows_committed(frame.sparkSession, uri, mark)
 
 
 def exists(spark: SparkSession, root_uri: str, table: str) -> bool:
@@ -259,6 +258,16 @@ def _create_if_absent(spark: SparkSession, declared: schemas.Table, uri: str) ->
     if declared.partition:
         builder = builder.partitionedBy(*declared.partition)
     builder.execute()
+
+
+def _rows_committed(spark: SparkSession, uri: str, mark: str) -> int:
+    """Rows of our own commit, which other writers' commits may have followed.
+
+    Delta makes no commit when there is nothing to remove and nothing to add: then no row was written.
+    """
+    history = DeltaTable.forPath(spark, uri).history(20).select("userMetadata", "operationMetrics").collect()
+    ours = [row["operationMetrics"] for row in history if row["userMetadata"] == mark]
+    return int(ours[0].get("numOutputRows", 0)) if ours else 0
 
 
 def _write_error(error: Exception, table: str, where: object) -> Exception:

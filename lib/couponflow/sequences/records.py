@@ -99,14 +99,15 @@ def check_drift(feed: str, file: RawFile) -> set[str]:
     """Compare a sample of one file with the declared columns; returns the undeclared ones.
 
     Raises:
-        DataError: no sampled record carries a required column, or every sampled value of a column has
-            another type; an absent column that may be null is fine.
+        DataError: no record can be read, no sampled record carries a declared column (unknown values are
+            delivered as null), or every sampled value of a column has another type.
     """
     declared = schemas.FEEDS[feed].columns
     if file.kind == "parquet":
         table = _parquet_table(file, storage.read_bytes(file.uri))
         _cast(file, table, arrow_schema(declared))
         samples: list[dict[str, Any]] = [dict.fromkeys(table.schema.names)]
+        complete = b""
     else:
         head = storage.read_head(file.uri, SAMPLE_BYTES)
         complete = head if len(head) < SAMPLE_BYTES else head[: head.rfind(b"\n") + 1]
@@ -116,16 +117,19 @@ def check_drift(feed: str, file: RawFile) -> set[str]:
                 samples.append(record)
             if len(samples) == SAMPLE_RECORDS:
                 break
+    if not samples and complete.strip():
+        raise DataError(
+            f"feed {feed}, file {file.uri}: expected {file.kind} records, found none that can be read; "
+            "ask the sender for the file again"
+        )
     if not samples:
         return set()
     seen = set().union(*samples)
     for column in declared:
         if column.name not in seen:
-            if column.nullable:
-                continue
             raise DataError(
                 f"feed {feed}, file {file.uri}: column {column.name}: expected {column.type}, found no such "
-                "column; ask the sender for a complete file, or correct the feed's declaration"
+                "column; ask the sender for it, with null where a value is unknown"
             )
         values = [v for v in (sample.get(column.name) for sample in samples) if v is not None]
         if values and all(_is_retyped(value, _ARROW_TYPES[column.type], file.kind) for value in values):
