@@ -28,12 +28,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 models_app = typer.Typer(help="List, inspect, promote and roll back model bundles.", no_args_is_help=True)
-campaign_app = typer.Typer(help="Approve an audience, or write a campaign's report.", no_args_is_help=True)
+campaign_app = typer.Typer(help="Approve or recall an audience, or write the report.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(campaign_app, name="campaign")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Reason = Annotated[str, typer.Option("--reason", help="Why; kept with the pointer.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; kept on record.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")]
 
 
@@ -279,6 +279,26 @@ def approve(
 
         export.approve(_load(config, overrides).lake.root_uri, campaign, version, by)
         typer.echo(f"campaign {campaign}, version {version}: approved")
+
+
+@campaign_app.command("recall")
+def recall(
+    campaign: Campaign,
+    version: Annotated[str, typer.Option("--version", help="Audience version, as the selection printed it.")],
+    by: Annotated[str, typer.Option("--by", help="Who recalls it.")],
+    reason: Reason,
+    config: ConfigPath = DEFAULT_CONFIG,
+    overrides: Overrides = None,
+) -> None:
+    """Block the hand-over of one audience version for good.
+
+    Example: couponflow campaign recall --campaign 18 --version V --by kim --reason "wrong coupon"
+    """
+    with _errors_as_exit_codes():
+        from couponflow.campaign import export
+
+        export.recall(_load(config, overrides).lake.root_uri, campaign, version, by, reason)
+        typer.echo(f"campaign {campaign}, version {version}: recalled")
 
 
 @campaign_app.command("report")

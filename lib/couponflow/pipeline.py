@@ -35,6 +35,8 @@ JOBS = (
     "monitor",
 )
 WITHOUT_SPARK = ("train", "evaluate")
+#: Facts of a record that name an object the stage has published; a stage whose object is gone runs again.
+_PUBLISHED = ("manifest", "evaluation", "dataset")
 REPROCESS = ("none", "failed", "completed")
 
 
@@ -166,11 +168,14 @@ def execute(
 
 
 def finished(root_uri: str, stage: Stage, fingerprint: str) -> runs.RunRecord | None:
-    """The stage's newest record, if it ended well under this fingerprint and its tables are untouched."""
+    """The stage's newest record, if it ended well under this fingerprint and its results are untouched."""
     same = [record for record in runs.load_all(root_uri, stage.job) if _is_of(record, stage)]
     if not same or same[-1].status != "ok" or same[-1].fingerprint != fingerprint:
         return None
-    return same[-1] if versions(root_uri, stage.writes) == same[-1].versions else None
+    published = [same[-1].facts[name] for name in _PUBLISHED if name in same[-1].facts]
+    if versions(root_uri, stage.writes) != same[-1].versions or not all(map(storage.exists, published)):
+        return None
+    return same[-1]
 
 
 def recorded(config: Config, stages: list[Stage]) -> list[Outcome]:

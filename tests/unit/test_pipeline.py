@@ -76,6 +76,20 @@ def test_a_table_written_by_others_reruns_it_and_what_follows(config: Config, ca
     assert execute(config) == [False, False]
 
 
+def test_a_lost_list_is_handed_over_again(config: Config, calls: list[str], tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.json"
+
+    def publish(spark: Any, run: Any) -> None:
+        manifest.write_text("{}")
+        run.facts["manifest"] = str(manifest)
+
+    sys.modules["jobs.sessionize"].run = publish  # type: ignore[attr-defined]  # a job module in miniature
+    assert execute(config) == [False, False]
+    assert execute(config) == [True, True]
+    manifest.unlink()
+    assert execute(config) == [True, False]
+
+
 def test_a_failed_stage_runs_again(config: Config, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(spark: Any, run: Any) -> None:
         raise DataError("broken; mend it")

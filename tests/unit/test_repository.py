@@ -67,3 +67,27 @@ def test_no_unsafe_loading() -> None:
 def test_every_pin_in_the_lock_is_hashed() -> None:
     lock = (ROOT / "uv.lock").read_text()
     assert lock.count('hash = "sha256:') > 500
+
+
+def test_missing_prerequisites_are_named_with_the_debian_command() -> None:
+    script = ROOT / "deploy" / "build" / "prerequisites.sh"
+    environment = {"PATH": "/usr/bin:/bin", "JAVA_HOME": "/nonexistent"}
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "missing: a JDK 17 (found: none)" in done.stderr
+    assert "apt-get install openjdk-17-jdk-headless" in done.stderr
+
+
+def test_plain_make_lists_the_targets() -> None:
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    for target in ("run", "test", "check", "fmt", "bench", "clean", "install", "demo"):
+        assert f"make {target} " in done.stdout
+
+
+def test_every_pin_carries_its_reason() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    group = text[text.index("spark = [") : text.index("dev = [")]
+    pins = [line for line in group.splitlines() if line.strip().startswith('"')]
+    assert pins
+    assert [line for line in pins if "#" not in line] == []

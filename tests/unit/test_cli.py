@@ -1,0 +1,120 @@
+"""The command line: help as a golden text, plans without Spark, errors as exit codes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from builders import test_config
+from typer.testing import CliRunner
+
+from couponflow.cli import app
+from couponflow.dates import DateRange
+from couponflow.entry import record_run
+from couponflow.errors import DataError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+COMMANDS = (
+    "",
+    "run",
+    "land",
+    "job",
+    "backfill",
+    "status",
+    "check",
+    "models list",
+    "models show",
+    "models promote",
+    "models rollback",
+    "campaign approve",
+    "campaign recall",
+    "campaign report",
+)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    file = tmp_path / "config.toml"
+    file.write_text(f"[lake]\nroot_uri = '{tmp_path / 'lake'}'\n")
+    return file
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda name: name or "couponflow")
+def test_help_is_the_golden_text(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERMINAL_WIDTH", "100")
+    done = CliRunner().invoke(app, [*command.split(), "--help"], prog_name="couponflow")
+    assert done.exit_code == 0
+    file = GOLDEN / f"help-{(command or 'couponflow').replace(' ', '-')}.txt"
+    if os.environ.get("COUPONFLOW_GOLDEN"):
+        file.write_text(done.stdout, encoding="utf-8")
+    assert done.stdout == file.read_text(encoding="utf-8"), "run `make golden` and review the difference"
+    assert not command or "Example: couponflow" in done.stdout
+
+
+def test_a_dry_run_prints_the_plan_and_runs_nothing(config_file: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["run", "--config", str(config_file), "--dry-run"])
+    assert done.exit_code == 0
+    assert "attribute_conversions" in done.stdout
+    assert not (tmp_path / "lake").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["run", "--set", "lake.root_ur=x"], "did you mean root_uri?"),
+        (["job", "nonsense", "--dates", "2024-01-01"], "unknown job 'nonsense'"),
+        (["job", "sessionize", "--dates", "2024-02-30"], "2024-02-30"),
+        (["backfill", "sessionize", "--from-date", "2024-01-02", "--to-date", "2024-01-01"], "reversed"),
+        (["land", "elsewhere"], "source.name"),
+        (["check"], "give --contract"),
+        (["models", "promote", "best", "--reason", "x"], "expected champion"),
+    ],
+)
+def test_wrong_arguments_end_with_2_and_say_what_to_do(
+    config_file: Path, argv: list[str], words: str
+) -> None:
+    more = [] if argv == ["check"] else ["--config", str(config_file)]
+    done = CliRunner().invoke(app, [*argv, *more])
+    assert done.exit_code == 2, done.output
+    assert words in " ".join(done.output.split())
+
+
+def test_status_shows_runs_and_reasons(config_file: Path, tmp_path: Path) -> None:
+    config = test_config(tmp_path)
+    with pytest.raises(DataError), record_run("sessionize", config, DateRange.parse("2024-01-01")):
+        raise DataError("table events is empty; run clean_events")
+    done = CliRunner().invoke(app, ["status", "--config", str(config_file), "--json"])
+    (record,) = json.loads(done.stdout)
+    assert (record["job"], record["status"]) == ("sessionize", "failed")
+    assert "run clean_events" in record["error"]
+    assert "failed" in CliRunner().invoke(app, ["status", "--config", str(config_file)]).stdout
+
+
+def test_backfill_dry_run_lists_each_day(config_file: Path, tmp_path: Path) -> None:
+    with record_run("sessionize", test_config(tmp_path), DateRange.parse("2024-01-02")):
+        pass
+    argv = ["backfill", "sessionize", "--config", str(config_file), "--dry-run"]
+    done = CliRunner().invoke(app, [*argv, "--from-date", "2024-01-01", "--to-date", "2024-01-03"])
+    rows = [line.split("│")[1:4] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["2024-01-01:2024-01-01", "run", "never run"],
+        ["2024-01-02:2024-01-02", "skip", "ok"],
+        ["2024-01-03:2024-01-03", "run", "never run"],
+    ]
+
+
+def test_models_of_an_empty_lake(config_file: Path) -> None:
+    assert (
+        CliRunner().invoke(app, ["models", "list", "--config", str(config_file), "--json"]).stdout.strip()
+        == "[]"
+    )
+    done = CliRunner().invoke(app, ["models", "show", "champion", "--config", str(config_file)])
+    assert done.exit_code == 3
+    assert "run the train job first" in done.output
+
+
+def test_the_contract_names_every_feed() -> None:
+    done = CliRunner().invoke(app, ["check", "--contract"])
+    for feed in ("events", "orders", "redemptions", "sends", "campaigns", "consents", "users", "catalogue"):
+        assert f"raw/{feed}/" in done.stdout
