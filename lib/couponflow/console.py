@@ -76,10 +76,10 @@ class RunDisplay:
             return
         if self._stages is None:
             self._stages = self._bars.add_task("all stages", total=total, rate="")
-            self._inner = self._bars.add_task(stage.name, total=None, rate="")
+        if self._inner is not None:
+            self._bars.remove_task(self._inner)
         self._bars.update(self._stages, completed=done)
-        assert self._inner is not None
-        self._bars.reset(self._inner, total=None, description=stage.name, rate="")
+        self._inner = self._bars.add_task(stage.name, total=None, rate="")
 
     def _end(self, done: int, total: int, outcome: pipeline.Outcome) -> None:
         how = "skipped, nothing changed" if outcome.is_skipped else f"done in {outcome.record.seconds:.1f} s"
@@ -93,7 +93,7 @@ class RunDisplay:
         if self._inner is None:
             return
         task = self._bars.tasks[self._bars.task_ids.index(self._inner)]
-        rate = f"{done / task.elapsed:,.0f}/s" if task.elapsed else ""
+        rate = f"{done / task.elapsed:,.1f}/s" if task.elapsed and done else ""
         self._bars.update(
             self._inner, completed=done, total=total, rate=rate, description=f"{self._name}: {what}"
         )

@@ -209,9 +209,8 @@ def _write_weight(cell: str, u: Tensor, a: Tensor | None) -> Tensor:
 class _Recurrence(torch.autograd.Function):
     """The time loop of ``GruCell.forward`` with a hand-written backward.
 
-    Only rows that are alive take part in a step. The forward keeps gates and states of all N positions, so
-    everything of the backward that does not depend on the incoming gradient is computed for all steps at
-    once, and its loop holds a handful of small operations.
+    Only rows that are alive take part in a step. Both loops work on one step's rows at a time, which stay in
+    the processor's cache; the only arrays over all N positions are those that must outlive their step.
     """
 
     @staticmethod
@@ -225,7 +224,7 @@ class _Recurrence(torch.autograd.Function):
         cell: str,
     ) -> Tensor:
         num_steps, hidden = pre_NG.shape[0], weight_GH.shape[1]
-        states, before, inner, content = (pre_NG.new_empty(num_steps, hidden) for _ in range(4))
+        states, inner, content = (pre_NG.new_empty(num_steps, hidden) for _ in range(3))
         gates = pre_NG.new_empty(num_steps, 2 * hidden)
         weight_HG = weight_GH.t()
         state = pre_NG.new_zeros(sizes[0] if sizes else 0, hidden)
@@ -234,7 +233,6 @@ class _Recurrence(torch.autograd.Function):
             now = slice(start, start + size)
             start += size
             state = state[:size]
-            before[now] = state
             projected = state @ weight_HG
             torch.add(pre_NG[now, : 2 * hidden], projected[:, : 2 * hidden], out=gates[now]).sigmoid_()
             torch.add(projected[:, 2 * hidden :], bias_H, out=inner[now])
@@ -242,42 +240,50 @@ class _Recurrence(torch.autograd.Function):
             c = torch.addcmul(pre_NG[now, 2 * hidden :], r, inner[now], out=content[now]).tanh_()
             a = None if attention_N1 is None else attention_N1[now]
             state = torch.addcmul(state, _write_weight(cell, u, a), c - state, out=states[now])
-        ctx.save_for_backward(weight_GH, attention_N1, before, inner, content, gates)
+        ctx.save_for_backward(weight_GH, attention_N1, states, inner, content, gates)
         ctx.sizes, ctx.cell = sizes, cell
         return states
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        weight_GH, a, before, inner, c, gates = ctx.saved_tensors
-        cell, hidden = ctx.cell, weight_GH.shape[1]
-        u, r = gates[:, :hidden], gates[:, hidden:]
-        w = _write_weight(cell, u, a)
-        change = c - before
-        by_u, by_a = _write_slopes(cell, u, a)
-        keep, to_u = 1 - w, change * by_u * u * (1 - u)
-        to_c, to_r = w * (1 - c * c), inner * r * (1 - r)
-
-        grad_states = gradients[0].clone()  # becomes the full gradient of each state, step by step
-        grad_projected = before.new_empty(len(before), 3 * hidden)  # of U h + b', blocks u, r, c
-        grad_content = torch.empty_like(c)  # of what tanh is taken of
-        end, carried = len(c), None
-        for size in reversed(ctx.sizes):
+        weight_GH, attention_N1, states, inner, content, gates = ctx.saved_tensors
+        sizes, hidden = ctx.sizes, weight_GH.shape[1]
+        grad_pre = states.new_empty(len(states), 3 * hidden)
+        grad_a = None if attention_N1 is None else torch.empty_like(attention_N1)
+        grad_weight, grad_bias = torch.zeros_like(weight_GH), states.new_zeros(hidden)
+        end, carried = len(states), None
+        for step in range(len(sizes) - 1, -1, -1):
+            size = sizes[step]
             now = slice(end - size, end)
             end -= size
-            d = grad_states[now]
+            before = states[end - sizes[step - 1] :][:size] if step else states.new_zeros(size, hidden)
+            u, r, c = gates[now, :hidden], gates[now, hidden:], content[now]
+            a = None if attention_N1 is None else attention_N1[now]
+            w = _write_weight(ctx.cell, u, a)
+            by_u, by_a = _write_slopes(ctx.cell, u, a)
+            d = gradients[0][now]
             if carried is not None:
+                d = d.clone()
                 d[: len(carried)] += carried
-            g, g_c = grad_projected[now], grad_content[now]
-            torch.mul(d, to_u[now], out=g[:, :hidden])
-            torch.mul(d, to_c[now], out=g_c)
-            torch.mul(g_c, to_r[now], out=g[:, hidden : 2 * hidden])
-            torch.mul(g_c, r[now], out=g[:, 2 * hidden :])
-            carried = torch.addmm(d * keep[now], g, weight_GH)
-        grad_pre = torch.cat([grad_projected[:, : 2 * hidden], grad_content], dim=1)
-        grad_a = None if a is None else (grad_states * change * by_a).sum(1, keepdim=True)
-        grad_weight = grad_projected.t() @ before
-        return grad_pre, grad_weight, grad_projected[:, 2 * hidden :].sum(0), grad_a, None, None
+            by_weight = d * (c - before)
+            g_c = _tanh_backward(d * w, c)
+            projected = d.new_empty(size, 3 * hidden)  # gradient of U h + b', blocks u, r, c
+            projected[:, :hidden] = _sigmoid_backward(by_weight * by_u, u)
+            projected[:, hidden : 2 * hidden] = _sigmoid_backward(g_c * inner[now], r)
+            torch.mul(g_c, r, out=projected[:, 2 * hidden :])
+            grad_pre[now, : 2 * hidden] = projected[:, : 2 * hidden]
+            grad_pre[now, 2 * hidden :] = g_c
+            if grad_a is not None:
+                grad_a[now] = (by_weight * by_a).sum(1, keepdim=True)
+            grad_weight.addmm_(projected.t(), before)
+            grad_bias += projected[:, 2 * hidden :].sum(0)
+            carried = torch.addmm(torch.addcmul(d, d, w, value=-1), projected, weight_GH)
+        return grad_pre, grad_weight, grad_bias, grad_a, None, None
+
+
+_sigmoid_backward = torch.ops.aten.sigmoid_backward  # gradient from the sigmoid's own output, in one pass
+_tanh_backward = torch.ops.aten.tanh_backward
 
 
 def _write_slopes(cell: str, u: Tensor, a: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
