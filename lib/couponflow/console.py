@@ -4,6 +4,8 @@ Bars go to stderr and only to a terminal; elsewhere the same facts are log lines
 """
 
 import json
+import logging
+import re
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -29,7 +31,21 @@ _terminal = Console(highlight=False)
 #: Tables keep a readable width in a log file, where no terminal sets one.
 out = _terminal if _terminal.is_terminal else Console(highlight=False, width=120)
 _HEARTBEAT_SECONDS = 15.0
+_EPOCH = re.compile(r"\bepoch (\d+)/(\d+)")
 _POLL_SECONDS = 0.5
+
+
+class _Epochs(logging.Handler):
+    """Moves the bar when a line such as ``epoch 3/8`` is logged: ranks speak through their lines alone."""
+
+    def __init__(self, step: Callable[[str, int, int], None]) -> None:
+        super().__init__()
+        self._step = step
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = _EPOCH.search(record.getMessage())
+        if found:
+            self._step("epochs", int(found[1]), int(found[2]))
 
 
 class RunDisplay:
@@ -51,6 +67,7 @@ class RunDisplay:
         )
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._epochs = _Epochs(self._step)
         self._stages: TaskID | None = None
         self._inner: TaskID | None = None
         self._name = ""
@@ -60,11 +77,13 @@ class RunDisplay:
         if self._is_terminal:
             self._bars.start()
         self._thread.start()
+        log.addHandler(self._epochs)
         return pipeline.Progress(self._start, self._end, self._step)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        log.removeHandler(self._epochs)
         self._stop.set()
         self._thread.join(timeout=2)
         self._bars.stop()

@@ -19,18 +19,26 @@ from couponflow.lake import runs, schemas, tables
 DAILY, PER_RUN, ON_CHANGE = "daily", "per run", "on change"
 
 #: Table -> how often it gets rows. Daily: each open day; per run: on the run date; on change: ever.
+#: Not here: quarantine, which may well be empty; vocabularies, which have no day; verdicts themselves.
 CADENCES: dict[str, str] = {
     "events": DAILY,
+    "user_days": DAILY,
     "orders": DAILY,
+    "session_segments": DAILY,
     "sessions": DAILY,
     "consents": DAILY,
+    "histories": PER_RUN,
     "scoring_examples": PER_RUN,
     "predictions": PER_RUN,
     "assignments": PER_RUN,
     "audience": PER_RUN,
     "users": ON_CHANGE,
+    "catalogue": ON_CHANGE,
     "campaigns": ON_CHANGE,
     "sends": ON_CHANGE,
+    "redemptions": ON_CHANGE,
+    "conversions": ON_CHANGE,
+    "training_examples": ON_CHANGE,
 }
 #: Job -> tables whose rows of a run date its run records count.
 COUNTED: dict[str, tuple[str, ...]] = {
