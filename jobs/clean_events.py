@@ -19,7 +19,8 @@ def run(spark: SparkSession, job: Run) -> None:
     cleaned = events.clean(raw, settings, lake.time_zone, lake.lateness_days)
     job.rows.update(feeds.publish(cleaned, job.root_uri, job.dates, job.run_id))
     touched = events.touched_dates(job.dates, lake.lateness_days)
-    days = events.build_user_days(events.read_first_deliveries(spark, job.root_uri, touched))
+    first = events.read_first_deliveries(spark, job.root_uri, touched)
+    days = events.build_user_days(first, lake.time_zone)
     job.rows["user_days"] = tables.overwrite(days, job.root_uri, "user_days", touched, job.run_id)
 
 

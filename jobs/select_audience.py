@@ -30,6 +30,9 @@ def run(spark: SparkSession, job: Run) -> None:
         handover = export.Handover(root, target, job.campaign, decision.version, day, job.run_id)
         is_final = export.is_final(handover)
         job.rows.update(selection.publish(decided, root, decision, job.run_id, is_final))
+        ledger = tables.read(spark, root, "assignments")
+        mails = eligibility.mails_in_window(sends, ledger, job.campaign, day, zone, section.cap_days)
+        eligibility.check_cap(decided, mails, job.campaign, section.max_sends)
     finally:
         decided.unpersist()
 

@@ -8,16 +8,14 @@ from builders import test_config
 
 from couponflow.config import Config
 
-COLUMNS = "100"
-
 
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    """The one local Spark session: UTC, Delta, 1 GB heap."""
+    """The one local Spark session: UTC, Delta, the heap of the main job."""
     from couponflow.config import SparkConfig
     from couponflow.lake import tables
 
-    session = tables.spark_session(SparkConfig(driver_memory="1g"), "tests")
+    session = tables.spark_session(SparkConfig(), "tests")
     yield session
     session.stop()
 

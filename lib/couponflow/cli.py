@@ -1,6 +1,5 @@
 """The ``couponflow`` command. Bodies import what they start, so that ``--help`` stays light."""
 
-import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -152,6 +151,9 @@ def status(
     Example: couponflow status --job train
     """
     with _errors_as_exit_codes():
+        known = ("land", *pipeline.JOBS)
+        if job and job not in known:
+            raise ConfigError(f"unknown job {job!r}; one of {', '.join(sorted(known))}")
         records = runs.load_all(_load(config, overrides).lake.root_uri, job or None)
         if as_json:
             console.show_json([record.__dict__ for record in records])
@@ -358,9 +360,8 @@ def _by_stage(outcomes: list[pipeline.Outcome]) -> dict[str, runs.RunRecord]:
 
 
 def _run_job(name: str, settings: Config, dates: DateRange, campaign: str, model: str) -> None:
-    if name not in pipeline.JOBS:
-        raise ConfigError(f"unknown job {name!r}; one of {', '.join(sorted(pipeline.JOBS))}")
-    job = importlib.import_module(f"jobs.{name}")
+    pipeline.check_arguments(name, campaign, model)
+    job = pipeline.load_job(name)
     session = _LazySpark(settings)
     with record_run(name, settings, dates, campaign, model) as record:
         if name in pipeline.WITHOUT_SPARK:

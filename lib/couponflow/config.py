@@ -8,41 +8,22 @@ import difflib
 import hashlib
 import json
 import tomllib
+from collections.abc import Sequence
 from datetime import date
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from zoneinfo import ZoneInfo, available_timezones
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from couponflow.errors import ConfigError
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown names, loose types and later changes are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-def _check_time_zone(name: str) -> str:
-    if name not in available_timezones():
-        raise ValueError(f"unknown time zone {name!r}; use an IANA name such as America/New_York")
-    ZoneInfo(name)
-    return name
-
-
-TimeZone = Annotated[str, AfterValidator(_check_time_zone)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-# A TOML array is a list and a quoted day a string: tuple and date fields accept those, and nothing looser.
-Loose = Field(strict=False)
-Days = Annotated[tuple[Annotated[date, Loose], ...], Loose]
-Names = Annotated[tuple[str, ...], Loose]
+from couponflow.values import Day, Days, Loose, Place, Section, Share, TimeZone, Widths
 
 
 class LakeConfig(Section):
     """Where the tables lie and what a day is. Used by every stage."""
 
-    root_uri: str = Field(
+    root_uri: Place = Field(
         default="var/lake",
         description="Folder or gs:// prefix of raw feeds, tables, models and runs.",
     )
@@ -162,17 +143,12 @@ class ExamplesConfig(Section):
         description="Days between snapshots of item popularity; a step sees the last one before its day.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of the auxiliary negatives.")
-    train_start: date = Field(
+    train_start: Day = Field(
         default=date(2017, 2, 8),
-        strict=False,
         description="First as_of with enough history; earlier rows are left out as no_history.",
     )
-    valid_start: date = Field(
-        default=date(2017, 8, 8), strict=False, description="First as_of of the validation range."
-    )
-    test_start: date = Field(
-        default=date(2017, 10, 4), strict=False, description="First as_of of the test range."
-    )
+    valid_start: Day = Field(default=date(2017, 8, 8), description="First as_of of the validation range.")
+    test_start: Day = Field(default=date(2017, 10, 4), description="First as_of of the test range.")
 
     @model_validator(mode="after")
     def _in_order(self) -> "ExamplesConfig":
@@ -190,15 +166,9 @@ class ModelConfig(Section):
     type_dim: int = Field(default=2, ge=1, le=64, description="Width of the event type embedding.")
     gap_dim: int = Field(default=4, ge=1, le=64, description="Width of the time-gap bucket embedding.")
     hidden_dim: int = Field(default=16, ge=1, le=1024, description="Width H of both recurrent layers.")
-    attention_dims: Annotated[tuple[int, ...], Loose] = Field(
-        default=(80, 40), description="Hidden widths of the attention MLP."
-    )
-    auxiliary_dims: Annotated[tuple[int, ...], Loose] = Field(
-        default=(100, 50), description="Hidden widths of the auxiliary MLP."
-    )
-    head_dims: Annotated[tuple[int, ...], Loose] = Field(
-        default=(32,), description="Hidden widths of the head."
-    )
+    attention_dims: Widths = Field(default=(80, 40), description="Hidden widths of the attention MLP.")
+    auxiliary_dims: Widths = Field(default=(100, 50), description="Hidden widths of the auxiliary MLP.")
+    head_dims: Widths = Field(default=(32,), description="Hidden widths of the head.")
     cell: Literal["augru_paper", "augru_official", "agru", "aigru", "gru"] = Field(
         default="augru_paper", description="How attention enters the second recurrent layer."
     )
@@ -314,7 +284,7 @@ class SelectionConfig(Section):
 class ExportConfig(Section):
     """Used by export_audience."""
 
-    target_uri: str = Field(
+    target_uri: Place = Field(
         default="var/export", description="Folder or gs:// prefix for the list and its manifest."
     )
     auto_approve: bool = Field(
@@ -333,21 +303,19 @@ class MonitoringConfig(Section):
 class RunConfig(Section):
     """What ``couponflow run`` (and ``make run``) executes."""
 
-    first_date: date = Field(
-        default=date(2017, 1, 1), strict=False, description="First ingest date of the data."
-    )
-    last_date: date = Field(
-        default=date(2017, 12, 31), strict=False, description="Last ingest date of the data."
-    )
-    first_as_of: date = Field(
+    first_date: Day = Field(default=date(2017, 1, 1), description="First ingest date of the data.")
+    last_date: Day = Field(default=date(2017, 12, 31), description="Last ingest date of the data.")
+    first_as_of: Day = Field(
         default=date(2016, 11, 1),
-        strict=False,
         description="First send date looked at when labels and examples are built.",
     )
-    campaign_id: str = Field(default="18", description="Campaign for which users are scored and selected.")
-    run_date: date = Field(
+    campaign_id: str = Field(
+        default="18",
+        pattern="^[A-Za-z0-9_.:-]{1,128}$",
+        description="Campaign for which users are scored and selected.",
+    )
+    run_date: Day = Field(
         default=date(2017, 10, 30),
-        strict=False,
         description="Business day on which the campaign is prepared.",
     )
 
@@ -380,10 +348,10 @@ class Config(Section):
     run: RunConfig = RunConfig()
     spark: SparkConfig = SparkConfig()
 
-    def fingerprint(self, *sections: str) -> str:
-        """Hash the named sections only, so that a new learning rate does not make sessions stale."""
+    def fingerprint(self, *names: str) -> str:
+        """Hash the named sections or values only, so that a new learning rate leaves sessions fresh."""
         tree = self.model_dump(mode="json")
-        chosen = {name: tree[name] for name in sections or sorted(tree)}
+        chosen = {name: reduce(dict.__getitem__, name.split("."), tree) for name in names or sorted(tree)}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -421,6 +389,8 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
         parsed: Any = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
         parsed = value  # a bare word is a string
+    if _declared(name.split(".")) is str and not isinstance(parsed, str):
+        parsed = value  # so is the 18 of run.campaign_id=18
     *parents, leaf = name.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
@@ -433,15 +403,26 @@ def _explain(problem: Any, where: str) -> str:
     location = tuple(str(part) for part in problem["loc"])
     name = ".".join(location) or "the tree"
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], _valid_names(location[:-1]), n=1)
+        near = difflib.get_close_matches(location[-1], _names(_declared(location[:-1])), n=1)
+        near = near or [
+            f"{s}.{location[-1]}" for s in Config.model_fields if location[-1] in _names(_declared([s]))
+        ]
         hint = f"did you mean {near[0]}?" if near else "remove it"
         return f"{where}: unknown config name {name}; {hint}"
     return f"{where}: {name} = {problem['input']!r}: {problem['msg']}; correct the value"
 
 
-def _valid_names(parents: tuple[str, ...]) -> list[str]:
-    model: Any = Config
-    for parent in parents:
-        field = getattr(model, "model_fields", {}).get(parent)
-        model = field.annotation if field else None
-    return list(getattr(model, "model_fields", {}))
+def _declared(location: Sequence[str]) -> Any:
+    """The declared type at a dotted name (of one element, where it is a tuple); None where there is none."""
+    found: Any = Config
+    for part in location:
+        if part.isdigit():
+            continue
+        field = getattr(found, "model_fields", {}).get(part)
+        found = field.annotation if field else None
+        found = get_args(found)[0] if get_origin(found) is tuple else found
+    return found
+
+
+def _names(declared: Any) -> list[str]:
+    return list(getattr(declared, "model_fields", {}))

@@ -23,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from couponflow import pipeline
 from couponflow.entry import log
@@ -66,6 +67,7 @@ class RunDisplay:
             transient=True,
         )
         self._stop = threading.Event()
+        self._lock = threading.RLock()  # the watcher moves a bar that the next stage removes
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._epochs = _Epochs(self._step)
         self._stages: TaskID | None = None
@@ -95,10 +97,11 @@ class RunDisplay:
             return
         if self._stages is None:
             self._stages = self._bars.add_task("all stages", total=total, rate="")
-        if self._inner is not None:
-            self._bars.remove_task(self._inner)
+        with self._lock:
+            if self._inner is not None:
+                self._bars.remove_task(self._inner)
+            self._inner = self._bars.add_task(stage.name, total=None, rate="")
         self._bars.update(self._stages, completed=done)
-        self._inner = self._bars.add_task(stage.name, total=None, rate="")
 
     def _end(self, done: int, total: int, outcome: pipeline.Outcome) -> None:
         how = "skipped, nothing changed" if outcome.is_skipped else f"done in {outcome.record.seconds:.1f} s"
@@ -109,13 +112,14 @@ class RunDisplay:
             log.info("[%d/%d] %s: %s", done, total, outcome.stage.name, how)
 
     def _step(self, what: str, done: int, total: int) -> None:
-        if self._inner is None:
-            return
-        task = self._bars.tasks[self._bars.task_ids.index(self._inner)]
-        rate = f"{done / task.elapsed:,.1f}/s" if task.elapsed and done else ""
-        self._bars.update(
-            self._inner, completed=done, total=total, rate=rate, description=f"{self._name}: {what}"
-        )
+        with self._lock:
+            if self._inner is None:
+                return
+            task = self._bars.tasks[self._bars.task_ids.index(self._inner)]
+            rate = f"{done / task.elapsed:,.1f}/s" if task.elapsed and done else ""
+            self._bars.update(
+                self._inner, completed=done, total=total, rate=rate, description=f"{self._name}: {what}"
+            )
 
     def _watch(self) -> None:
         """Show the tasks of the running Spark stages; without a terminal, one line now and then."""
@@ -155,10 +159,11 @@ def show_rows(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     for name, is_number in zip(columns, numeric, strict=True):
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row])
+        # Text, not markup: an error may hold [/brackets].
+        table.add_row(*[Text(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row])
     out.print(table)
 
 
 def show_json(value: Any) -> None:
     """Print one JSON document for machines."""
-    out.print(json.dumps(value, indent=1, sort_keys=True, default=str), soft_wrap=True, markup=False)
+    out.out(json.dumps(value, indent=1, sort_keys=True, default=str), highlight=False)

@@ -10,21 +10,27 @@ from couponflow.errors import ConfigError
 
 _ISO_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
 MAX_DAYS = 3_660
+#: Days outside are typing errors; inside, adding days or a time zone never leaves the calendar.
+FIRST_DAY, LAST_DAY = date(1900, 1, 1), date(2200, 12, 31)
 
 
 def parse_day(text: str) -> date:
     """Read one ISO day such as ``2017-10-30``.
 
     Raises:
-        ConfigError: the text is not a calendar day written YYYY-MM-DD.
+        ConfigError: the text is not a calendar day written YYYY-MM-DD, or is far from any data.
     """
     try:
         if not _ISO_DAY.fullmatch(text):
             raise ValueError(text)
-        return date.fromisoformat(text)
+        day = date.fromisoformat(text)
+        if not FIRST_DAY <= day <= LAST_DAY:
+            raise ValueError(text)
+        return day
     except ValueError as error:
         raise ConfigError(
-            f"date {text!r}: expected a calendar day such as 2017-10-30; correct the argument"
+            f"date {text!r}: expected a calendar day such as 2017-10-30, from {FIRST_DAY} to {LAST_DAY}; "
+            "correct the argument"
         ) from error
 
 
@@ -48,8 +54,8 @@ class DateRange:
     @classmethod
     def parse(cls, text: str) -> "DateRange":
         """Read ``D`` or ``A:B``, both ends inclusive, as typed on a command line."""
-        first, _, last = text.partition(":")
-        return cls(parse_day(first), parse_day(last or first) + timedelta(days=1))
+        first, colon, last = text.partition(":")
+        return cls(parse_day(first), parse_day(last if colon else first) + timedelta(days=1))
 
     @classmethod
     def day(cls, day: date) -> "DateRange":

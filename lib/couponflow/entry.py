@@ -14,7 +14,7 @@ import typer
 
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange
-from couponflow.errors import ConfigError, CouponflowError
+from couponflow.errors import ConfigError, CouponflowError, DataError, InfraError
 from couponflow.lake import runs
 
 log = logging.getLogger("couponflow")
@@ -123,6 +123,29 @@ def set_up_logging(as_json: bool = False) -> None:
     log.setLevel(logging.INFO)
 
 
+def _as_ours(where: str, error: BaseException) -> CouponflowError | None:
+    """A failure of Spark or the disk as our error; anything else is a bug and keeps its traceback."""
+    family = type(error).__module__.partition(".")[0]
+    if family not in ("py4j", "pyspark", "delta") and not isinstance(error, OSError | MemoryError):
+        return None
+    cause = getattr(error, "java_exception", None)
+    text = str(cause.getMessage() if cause is not None else error).strip()
+    reason = f"{type(error).__name__}: {text.splitlines()[0][:300] if text else 'no message'}"
+    log.debug("%s", where, exc_info=error)
+    if type(error).__name__ in ("AnalysisException", "ParseException"):
+        return DataError(
+            f"{where}: the data do not fit the query ({reason}); check its tables and the config"
+        )
+    return InfraError(f"{where}: failed midway ({reason}); published tables are whole, run again")
+
+
+def _record_failure(root_uri: str, record: runs.RunRecord, reason: str) -> None:
+    try:
+        runs.finish(root_uri, record, "failed", reason[:2000])
+    except CouponflowError as error:  # must not hide why the job failed
+        log.warning("the run record of %s is not written: %s", record.run_id, error)
+
+
 @contextmanager
 def record_run(
     name: str, config: Config, dates: DateRange, campaign: str = "", model: str = "", fingerprint: str = ""
@@ -133,12 +156,12 @@ def record_run(
     record.fingerprint = fingerprint
     try:
         yield Run(config, dates, record, campaign, model)
-    except CouponflowError as error:
-        runs.finish(config.lake.root_uri, record, "failed", str(error))
-        raise
     except BaseException as error:
-        runs.finish(config.lake.root_uri, record, "failed", f"{type(error).__name__}: {error}"[:2000])
-        raise
+        ours = error if isinstance(error, CouponflowError) else _as_ours(f"{name} {dates}", error)
+        _record_failure(config.lake.root_uri, record, str(ours or f"{type(error).__name__}: {error}"))
+        if ours is None or ours is error:
+            raise
+        raise ours from error
     runs.finish(config.lake.root_uri, record, "ok")
     log.info(
         "%s %s: ok in %.1f s, rows %s", name, dates, record.seconds, json.dumps(record.rows, sort_keys=True)

@@ -1,8 +1,9 @@
 """The stages of the whole job in order, and how a rerun skips what is finished.
 
-A stage's fingerprint covers its arguments, the config sections it reads, the code and, through the stages
-before it, everything upstream. A finished run record with that fingerprint, whose tables nobody has written
-since, means there is nothing to do: the stage is skipped and no table gets another copy.
+A stage's fingerprint covers its arguments, the config values it reads, what the model names it reads stand
+for, the code and, through the stages before it, everything upstream. A finished run record with that
+fingerprint, whose tables nobody has written since, means there is nothing to do: the stage is skipped and no
+table gets another copy.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
 from couponflow.errors import ConfigError
 from couponflow.lake import runs, storage
+from couponflow.training import registry
 
 #: Jobs that a command may start, and those among them that run without Spark.
 JOBS = (
@@ -35,6 +37,7 @@ JOBS = (
     "monitor",
 )
 WITHOUT_SPARK = ("train", "evaluate")
+_OF_A_CAMPAIGN = ("score", "select_audience", "export_audience")
 #: Facts of a record that name an object the stage has published; a stage whose object is gone runs again.
 _PUBLISHED = ("manifest", "evaluation", "dataset")
 REPROCESS = ("none", "failed", "completed")
@@ -42,7 +45,9 @@ REPROCESS = ("none", "failed", "completed")
 
 @dataclass(frozen=True)
 class Stage:
-    """One job over one range. ``writes`` are the tables that it alone writes in the pipeline."""
+    """One job over one range. ``sections`` are the config sections, or single values, that it reads;
+    ``writes`` the tables that it alone writes in the pipeline.
+    """
 
     job: str
     dates: DateRange
@@ -79,8 +84,19 @@ class Progress:
 
 
 def plan(config: Config) -> list[Stage]:
-    """The stages of the main job for the config's campaign, in an order that honours ``after``."""
+    """The stages of the main job for the config's campaign, in an order that honours ``after``.
+
+    Raises:
+        ConfigError: the dates of ``run`` and ``examples`` contradict each other.
+    """
     run, examples = config.run, config.examples
+    in_order = run.first_date < examples.valid_start and examples.test_start <= run.last_date
+    if not in_order or run.first_as_of > run.last_date:
+        raise ConfigError(
+            f"run.first_date {run.first_date} < examples.valid_start {examples.valid_start} and "
+            f"examples.test_start {examples.test_start} <= run.last_date {run.last_date} >= "
+            f"run.first_as_of {run.first_as_of} must hold; correct these dates"
+        )
     data = DateRange(run.first_date, run.last_date + timedelta(days=1))
     as_ofs = DateRange(run.first_as_of, data.end)
     before_valid = DateRange(run.first_date, examples.valid_start)
@@ -107,7 +123,7 @@ def plan(config: Config) -> list[Stage]:
         Stage(
             "build_examples",
             as_ofs,
-            ("lake", "examples", "conversions"),
+            ("lake", "examples", "conversions", "training.num_ranks"),
             ("clean_events", "attribute_conversions", "build_vocabulary"),
             ("training_examples",),
         ),
@@ -127,12 +143,19 @@ def plan(config: Config) -> list[Stage]:
         Stage(
             "select_audience",
             day,
-            ("lake", "selection"),
+            ("lake", "selection", "export.target_uri"),
             (f"score campaign {campaign}", "clean_feeds"),
             ("assignments", "audience"),
             campaign,
         ),
-        Stage("export_audience", day, ("export",), (f"select_audience campaign {campaign}",), (), campaign),
+        Stage(
+            "export_audience",
+            day,
+            ("export", "selection"),
+            (f"select_audience campaign {campaign}",),
+            (),
+            campaign,
+        ),
         Stage(
             "monitor",
             day,
@@ -175,7 +198,17 @@ def finished(root_uri: str, stage: Stage, fingerprint: str) -> runs.RunRecord | 
     published = [same[-1].facts[name] for name in _PUBLISHED if name in same[-1].facts]
     if versions(root_uri, stage.writes) != same[-1].versions or not all(map(storage.exists, published)):
         return None
+    if stage.job == "train" and not _is_newest(root_uri, stage.model, same[-1].facts.get("model_version")):
+        return None
     return same[-1]
+
+
+def _is_newest(root_uri: str, kind: str, version: object) -> bool:
+    """Whether a trained bundle is there and is what its kind means: another training may have come since."""
+    pointer = registry.pointed(root_uri, kind)
+    return (
+        pointer is not None and pointer["model_version"] == version and version in registry.versions(root_uri)
+    )
 
 
 def recorded(config: Config, stages: list[Stage]) -> list[Outcome]:
@@ -214,10 +247,12 @@ def plan_backfill(
             f"backfill of {job!r} with --reprocess-behavior {reprocess!r}: jobs are {', '.join(JOBS)}; "
             f"behaviours are {', '.join(REPROCESS)}"
         )
+    check_arguments(job, campaign="", model="")
     records = [record for record in runs.load_all(config.lake.root_uri, job) if not record.arguments]
+    ended = [(DateRange.parse(record.dates), record.status) for record in records]
     planned = []
     for day in dates.days():
-        covering = [record.status for record in records if day in DateRange.parse(record.dates)]
+        covering = [status for covered, status in ended if day in covered]
         newest = covering[-1] if covering else "never run"
         rerun = reprocess == "completed" or (reprocess == "failed" and newest != "ok") or not covering
         planned.append(BackfillDay(DateRange.day(day), "run" if rerun else "skip", newest))
@@ -229,7 +264,8 @@ def versions(root_uri: str, tables: tuple[str, ...]) -> dict[str, int]:
     found = {}
     for table in tables:
         log = storage.list_names(storage.join(root_uri, "tables", table, "_delta_log"))
-        commits = [int(name.removesuffix(".json")) for name in log if name.endswith(".json")]
+        names = [name.removesuffix(".json") for name in log if name.endswith(".json")]
+        commits = [int(name) for name in names if name.isdecimal()]  # beside them: checkpoints
         if commits:
             found[table] = max(commits)
     return found
@@ -251,23 +287,65 @@ def _is_of(record: runs.RunRecord, stage: Stage) -> bool:
 
 
 def _fingerprint(config: Config, stage: Stage, upstream: list[Outcome]) -> str:
-    parts = {
+    parts: dict[str, Any] = {
         "stage": [stage.job, str(stage.dates), stage.campaign, stage.model],
         "config": config.fingerprint(*stage.sections),
         "code": runs.code_version(),
         "upstream": [[outcome.record.fingerprint, outcome.record.versions] for outcome in upstream],
     }
+    if models := _models_read(config, stage):
+        parts["models"] = models
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _models_read(config: Config, stage: Stage) -> dict[str, str]:
+    """What the model names that a stage reads mean now: a promotion makes its results stale."""
+    root_uri = config.lake.root_uri
+    names: tuple[str, ...] = ()
+    if stage.job == "evaluate":
+        names = (registry.CHAMPION, *registry.KINDS)
+    elif stage.job == "score":
+        names = (config.scoring.model,)
+    pointers = {name: registry.pointed(root_uri, name) for name in names}
+    return {name: str(pointer["model_version"]) for name, pointer in pointers.items() if pointer}
+
+
+def check_arguments(job: str, campaign: str, model: str) -> None:
+    """Refuse a call that lacks what its job needs, before anything starts.
+
+    Raises:
+        ConfigError: unknown job, or no campaign or model.
+    """
+    if job not in JOBS:
+        raise ConfigError(f"unknown job {job!r}; one of {', '.join(sorted(JOBS))}")
+    lacking = "--campaign ID" if job in _OF_A_CAMPAIGN and not campaign else ""
+    lacking = "--model KIND" if job == "train" and not model else lacking
+    if lacking:
+        raise ConfigError(
+            f"job {job} needs {lacking}; start it with `couponflow job {job} {lacking} --dates D`"
+        )
+
+
+def load_job(name: str) -> Any:
+    """The module of a job.
+
+    Raises:
+        ConfigError: it, or a package that it needs, is not installed.
+    """
+    try:
+        return importlib.import_module(f"jobs.{name}")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"job {name} needs {error.name}, which is not installed; run `make install`, "
+            "or use the wheel that carries jobs/"
+        ) from error
 
 
 def _call(stage: Stage, run: Run, spark: Callable[[], Any], progress: Progress) -> None:
     if stage.job == "land":
         run.rows.update(land(run.config, progress.step))
         return
-    try:
-        job = importlib.import_module(f"jobs.{stage.job}")
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"job {stage.job} is not installed; use the wheel that carries jobs/") from error
+    job = load_job(stage.job)
     if stage.uses_spark:
         job.run(spark(), run)
     else:

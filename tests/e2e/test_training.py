@@ -70,7 +70,7 @@ def one_rank(workers: launch.Workers) -> None:
     assert workers.allreduce_max(workers.rank) == 1.0
     norm = nn.BatchNorm1d(1)
     norm.running_mean.fill_(float(workers.rank))
-    trainer.average_statistics(norm, workers)
+    trainer.average_statistics(norm, workers, 3)
     assert (norm.running_mean.item(), norm.running_var.item()) == pytest.approx((0.5, 1.25))
     before = [p.clone() for p in together.parameters()]
     bad = Batch(**(vars(own[0]) | {"wide": own[0].wide * float("nan")})) if workers.rank else own[0]
@@ -106,6 +106,7 @@ def make_row(number: int, split: str) -> dict[str, object]:
         "user_id": f"u{number // 2}",
         "target_id": f"c{number % 2}",
         "split": split,
+        "vocabulary_version": "voc-1",
         "label": int(generator.random() < 1 / (1 + np.exp(-logit))),
         "history": history.astype("<i4").tobytes(),
         "negatives": generator.integers(1, 12, (length, 2)).astype("<i4").tobytes(),

@@ -110,7 +110,7 @@ def oracle(world: dict[str, list[Row]], campaign_id: str, day: date) -> list[flo
     redeemed = [r for r in world["redemptions"] if r["redemption_time"] < as_of and r["ingest_date"] < day]
     received = {s["campaign_id"] for s in world["sends"] if s["delivered_time"] < as_of}
     ends = {c["campaign_id"]: c["end_date"] for c in world["campaigns"]}
-    attributes = [u["has_attributes"] for u in world["users"] if u["snapshot_date"] <= day]
+    attributes = [u["has_attributes"] for u in world["users"] if u["snapshot_date"] < day]
     raw = {
         "num_orders_all": orders(bought),
         "num_orders_28_days": orders(since(bought, 28)),

@@ -8,7 +8,9 @@ from builders import make_frame, make_row
 from pyspark.sql import SparkSession
 
 from couponflow.config import ConversionsConfig
+from couponflow.dates import DateRange
 from couponflow.errors import DataError
+from couponflow.lake import tables
 from couponflow.sequences import conversions
 
 ZONE = "America/New_York"
@@ -49,6 +51,49 @@ def test_the_campaign_window_is_half_open_between_local_midnights(spark: SparkSe
     ).collect()
     shown = {r["send_id"]: (r["converted_time"].astimezone(UTC), r["num_conversions"]) for r in found}
     assert shown == {"s-first": (start, 2), "s-last": (end - MICRO, 1)}
+
+
+def test_what_came_before_the_day_of_a_later_send_is_no_answer_to_it(spark: SparkSession) -> None:
+    sent = DELIVERED + timedelta(days=3, hours=2)
+    day = datetime(2017, 3, 4, 5, tzinfo=UTC)  # 00:00 EST of the send
+    times = {"before": day - MICRO, "first": day, "last": datetime(2017, 3, 13, 4, tzinfo=UTC) - MICRO}
+    sends = [send(user, delivered_time=sent, send_date=date(2017, 3, 4)) for user in times]
+    early = {"delivered_time": DELIVERED - timedelta(days=9), "send_date": date(2017, 2, 20)}
+    sends += [send("invited", **early), send("too soon", **early)]
+    start = datetime(2017, 3, 1, 5, tzinfo=UTC)
+    times |= {"invited": start, "too soon": start - MICRO}
+    found = conversions.attribute(
+        make_frame(spark, "sends", sends),
+        make_frame(spark, "redemptions", [redemption(user, time) for user, time in times.items()]),
+        make_frame(spark, "campaigns", [campaign()]),
+        ConversionsConfig(source="redemptions", window="campaign"),
+        ZONE,
+    )
+    assert {row["user_id"] for row in found.collect()} == {"first", "last", "invited"}
+
+
+def test_the_first_delivery_of_a_send_counts_whatever_range_is_read(
+    spark: SparkSession, root_uri: str
+) -> None:
+    days = DateRange.parse("2017-03-01:2017-03-03")
+    again = {"ingest_date": date(2017, 3, 3)}
+    sends = [
+        send("u", ingest_date=date(2017, 3, 2)),
+        send("u", **again) | {"user_id": "other"},
+        send("moved", ingest_date=date(2017, 3, 1)),
+        send("moved", **again, send_date=date(2017, 3, 3)),
+        send("late", **again),
+    ]
+    tables.overwrite(make_frame(spark, "sends", sends), root_uri, "sends", days)
+    whole, *by_day = (
+        sorted((r["send_id"], r["user_id"], r["send_date"].day) for r in frame.collect())
+        for frame in (
+            conversions.read_sends(spark, root_uri, dates)
+            for dates in (days, *map(DateRange.day, days.days()))
+        )
+    )
+    assert whole == [("s-late", "late", 1), ("s-moved", "moved", 1), ("s-u", "u", 1)]
+    assert sorted(row for rows in by_day for row in rows) == whole
 
 
 def test_the_window_of_days_starts_at_the_send_and_takes_any_order(spark: SparkSession) -> None:

@@ -9,8 +9,8 @@ from pyspark.sql import DataFrame, SparkSession
 
 from couponflow.campaign import eligibility
 from couponflow.config import SelectionConfig
-from couponflow.dates import day_start
-from couponflow.errors import DataError
+from couponflow.dates import day_start, local_day
+from couponflow.errors import ConflictError, DataError
 
 ZONE = "America/New_York"
 SECTION = SelectionConfig(max_sends=2, cap_days=7)
@@ -30,7 +30,7 @@ def send(user: str, when: datetime, campaign: str = "7") -> dict[str, Any]:
         user_id=user,
         campaign_id=campaign,
         delivered_time=when,
-        send_date=when.date(),
+        send_date=local_day(when, ZONE),
     )
 
 
@@ -55,6 +55,9 @@ def test_each_user_has_the_first_reason_that_applies(spark: SparkSession) -> Non
         "bounced though granted": "bounce",
         "complained": "complaint",
         "legal": "legal",
+        "bounced in other letters": "bounce",
+        "reason nobody knows": "consent_denied",
+        "blank reason": None,
         "denied beside granted": "consent_denied",
         "capped": "frequency_cap",
         "capped and denied": "consent_denied",
@@ -63,6 +66,8 @@ def test_each_user_has_the_first_reason_that_applies(spark: SparkSession) -> Non
         "two, one at as_of": None,
         "two, one decided": "frequency_cap",
         "decided and sent": None,
+        "an earlier wave sent, another decided": "frequency_cap",
+        "sent on the day it was decided for": None,
         "decided in two versions": None,
         "decided by this campaign today": None,
         "decided by another today": "frequency_cap",
@@ -81,6 +86,9 @@ def test_each_user_has_the_first_reason_that_applies(spark: SparkSession) -> Non
         "bounced though granted": [consent("bounced though granted", "granted", "bounce")],
         "complained": [consent("complained", "denied", "complaint")],
         "legal": [consent("legal", "denied", "legal")],
+        "bounced in other letters": [consent("bounced in other letters", reason=" Bounce")],
+        "reason nobody knows": [consent("reason nobody knows", reason="under_age")],
+        "blank reason": [consent("blank reason", reason=" ")],
         "denied beside granted": [consent("denied beside granted", s) for s in ("granted", "denied")],
         "capped and denied": [consent("capped and denied", "denied", "by letter")],
     }
@@ -97,6 +105,8 @@ def test_each_user_has_the_first_reason_that_applies(spark: SparkSession) -> Non
         send("two, one at as_of", AS_OF, "18"),
         send("two, one decided", one),
         send("decided and sent", one),
+        send("an earlier wave sent, another decided", AS_OF - timedelta(days=5), "8"),
+        send("sent on the day it was decided for", AS_OF - timedelta(days=2) + SECOND, "8"),
         send("decided in two versions", AS_OF - timedelta(days=9)),
         send("decided by this campaign today", one),
         send("decided by another today", one),
@@ -106,6 +116,8 @@ def test_each_user_has_the_first_reason_that_applies(spark: SparkSession) -> Non
         decided("two, one decided", D0 - timedelta(days=7), "8"),
         decided("two, one at the edge", D0 - timedelta(days=8), "8"),
         decided("decided and sent", D0 - timedelta(days=2), "7"),
+        decided("an earlier wave sent, another decided", D0 - timedelta(days=1), "8"),
+        decided("sent on the day it was decided for", D0 - timedelta(days=2), "8"),
         decided("decided in two versions", D0 - timedelta(days=2), "8", version="v1"),
         decided("decided in two versions", D0 - timedelta(days=2), "8", version="v2"),
         decided("decided by this campaign today", D0, "18"),
@@ -167,6 +179,44 @@ def test_no_list_without_a_good_snapshot(spark: SparkSession) -> None:
         status(D0 + 9 * day, consent_min_share=0.0)
     with pytest.raises(DataError, match="no snapshot up to"):
         eligibility.user_master(users_frame(spark, ["u1"], D0 + day), D0)
+
+
+def test_a_newer_snapshot_can_only_tighten_at_the_hand_over(spark: SparkSession) -> None:
+    names = ["stays", "leaves later", "left before", "comes back later", "not in the later one"]
+    users = users_frame(spark, names).select("user_id")
+    old = {name: "denied" if name in ("left before", "comes back later") else "granted" for name in names}
+    new = old | {"leaves later": "denied", "comes back later": "granted"}
+    del new["not in the later one"]
+    day = timedelta(days=1)
+    first = [consent(user, state) for user, state in old.items()]
+    second = [consent(user, state, snapshot_date=D0 + 9 * day) for user, state in new.items()]
+
+    def may_mail(rows: list[dict[str, Any]], run_date: date = D0) -> set[str]:
+        status = eligibility.consent_at_export(make_frame(spark, "consents", rows), users, run_date, SECTION)
+        return {row.user_id for row in status.collect() if row.consent_reason is None}
+
+    assert may_mail(first) == {"stays", "leaves later", "not in the later one"}
+    assert may_mail(first + second) == {"stays"}
+    with pytest.raises(DataError, match="snapshot 2024-01-19 covers 1 of 5"):
+        may_mail(first + second[:1])
+    with pytest.raises(DataError, match="no snapshot"):
+        may_mail(second)
+
+
+def test_two_campaigns_prepared_at_once_do_not_exceed_the_cap_together(spark: SparkSession) -> None:
+    """Neither saw the other before it wrote its decision; the one that finds the other stops."""
+    sends = make_frame(spark, "sends", [send("both", AS_OF - SECOND), send("one", AS_OF - SECOND)])
+    mine = [decided("both", D0, "18"), decided("one", D0, "18"), decided("fresh", D0, "18")]
+    other = [decided("fresh", D0, "8"), decided("one", D0, "8", arm="control")]
+
+    def check(ledger: list[dict[str, Any]]) -> None:
+        frame = make_frame(spark, "assignments", ledger)
+        mails = eligibility.mails_in_window(sends, frame, "18", D0, ZONE, SECTION.cap_days)
+        eligibility.check_cap(make_frame(spark, "assignments", mine), mails, "18", SECTION.max_sends)
+
+    check(mine + other)
+    with pytest.raises(ConflictError, match="mails 1 of the same users beyond the frequency cap"):
+        check([*mine, *other, decided("both", D0, "8")])
 
 
 def test_predictions_of_one_model_and_one_row_per_user(spark: SparkSession) -> None:

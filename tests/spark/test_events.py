@@ -66,6 +66,9 @@ REFUSED: list[tuple[str, Any]] = [
     ("missing_item", record("r16", event_type="cart", category_id="")),
     ("negative_price", record("r17", price=-0.01)),
     ("negative_price", record("r18", price=float("nan"))),
+    ("negative_price", record("r20", price=float("inf"))),
+    ("malformed_record", record("r21", coupon_amount=float("-inf"))),
+    ("malformed_record", record("r22", discount_amount=float("nan"), price=None)),
     ("negative_quantity", record("r19", quantity=-1)),
 ]
 KEPT = [
@@ -76,7 +79,7 @@ KEPT = [
     record("k5", quantity=100),
     record("k6", quantity=101),
     record("k7", event_time="2024-01-11T00:30:00Z", ingest_time="2024-01-10T23:59:00Z"),
-    record("k8", device="phone"),
+    record("k8", device="phone", price=None, discount_amount=1.0),
 ]
 COPIES = [
     KEPT[0],
@@ -99,7 +102,7 @@ def test_a_dirty_day_is_kept_counted_and_quarantined_row_by_row(
     assert job.rows["events"] == len(KEPT) + 1
     assert job.rows["duplicates"] == 3
     assert job.rows["quarantine"] == len(REFUSED) + 1
-    assert job.rows["quarantine_negative_price"] == 3
+    assert job.rows["quarantine_negative_price"] == 4
     assert job.facts["new_columns"] == ["note"]
     refused = tables.read(spark, config.lake.root_uri, "quarantine")
     found = {row["row_number"]: row["reason"] for row in refused.collect()}
@@ -181,7 +184,7 @@ def test_the_first_delivery_wins_and_excluded_users_keep_their_purchases(
     ]
     dates = DateRange.parse("2024-01-10:2024-01-11")
     tables.overwrite(make_frame(spark, "events", rows), root_uri, "events", dates)
-    days = events.build_user_days(events.read_first_deliveries(spark, root_uri, dates))
+    days = events.build_user_days(events.read_first_deliveries(spark, root_uri, dates), "UTC")
     tables.overwrite(days, root_uri, "user_days", dates)
     shown = {row["user_id"]: row for row in tables.read(spark, root_uri, "user_days").collect()}
     assert {user for user, row in shown.items() if row["exclusion_reason"] == "bot"} == {"bot", "tireless"}
@@ -194,3 +197,40 @@ def test_the_first_delivery_wins_and_excluded_users_keep_their_purchases(
         ("twice", 1.0),
         ("once", 1.0),
     }
+
+
+def test_a_late_delivery_flips_no_flag_of_a_day_that_is_over(spark: SparkSession) -> None:
+    zone = "America/New_York"
+    midnight = datetime(2024, 1, 11, 5, tzinfo=UTC)  # of New York, when DAY is over
+    tomorrow = {"ingest_date": DAY + timedelta(days=1), "ingest_time": midnight}
+
+    def views(user: str, start: int, count: int, minutes: float, **over: Any) -> list[dict[str, Any]]:
+        at = {"event_type": "view", "event_date": DAY} | over
+        return [make_event(user, 600 + n * minutes, **at) for n in range(start, start + count)]
+
+    in_time = [
+        *views("becomes a bot", 0, 90, 1 / 60),
+        *views("folder", 0, 90, 1 / 60),
+        *views("is a bot", 0, 150, 1 / 60),
+        *views("buys late", 0, 2_100, 0.2),
+        *views("last second", 0, 90, 1 / 60),
+        *views("last second", 90, 60, 1 / 60, ingest_time=midnight - timedelta(seconds=1)),
+    ]
+    late = [
+        *views("becomes a bot", 90, 60, 1 / 60, **tomorrow),
+        *views("folder", 90, 60, 1 / 60, ingest_time=midnight),  # filed under DAY, delivered after it
+        *views("is a bot", 150, 300, 0.05, **tomorrow),
+        make_event("buys late", 700, event_date=DAY, **tomorrow),
+    ]
+    seen, all_ = (
+        {
+            row["user_id"]: (row["exclusion_reason"], row["num_events"])
+            for row in events.build_user_days(make_frame(spark, "events", rows), zone).collect()
+        }
+        for rows in (in_time, in_time + late)
+    )
+    assert {user for user, (reason, _) in seen.items() if reason} == {"is a bot", "buys late", "last second"}
+    assert {user: reason for user, (reason, _) in all_.items()} == {
+        u: reason for u, (reason, _) in seen.items()
+    }
+    assert sum(number for _, number in all_.values()) == len(in_time + late)

@@ -153,7 +153,9 @@ def test_nothing_after_as_of_changes_a_feature_and_a_planted_leak_is_found(
         row | {"item_id": "i1", "category_id": "c9", "price": 99.0} for row in unknown[::2]
     ]  # half deleted
     added = [row for row in make_events(random.Random(2), 6, -60, 20, "new", 30) if not is_known(row)]
-    after = make_world([*added, *changed, *kept])
+    backdated = {"event_time": at(-3), "event_date": days(-3), "ingest_time": at(-3), "item_id": "i1"}
+    filed_late = make_event("u0", 0, **backdated, event_id="filed late", ingest_date=days(0))
+    after = make_world([*added, *changed, *kept, filed_late])
     after["conversions"] = after["conversions"][:1]
     redeemed = {"user_id": "u1", "campaign_id": "a0"}
     after["redemptions"] = [
@@ -162,6 +164,9 @@ def test_nothing_after_as_of_changes_a_feature_and_a_planted_leak_is_found(
         )
         for n, (when, known) in enumerate([(0, 0), (3, 3), (-5, 0)])
     ]
+    for user in range(8):  # a snapshot of the cut-off's own day is delivered after it
+        fresh = {"has_attributes": user % 2 != 0, "snapshot_date": days(0)}
+        after["users"].append(make_row("users", user_id=f"u{user}", **fresh))
     late_before = [row for row in changed + added if row["event_time"] < at(0)]
     assert len(late_before) > 2, "the world must hold events that happened before and arrived after"
     worlds = [(make_inputs(spark, world), world) for world in (before, after)]
@@ -278,12 +283,19 @@ def test_day_runs_equal_a_range_run_and_a_rerun_changes_nothing(spark: SparkSess
     root_uri = config.lake.root_uri
     world = make_world(make_events(random.Random(5), 6, -60, 60), (0, 45, 55))
     world["user_days"] = []
+    redeemed = {"redemption_id": "r", "user_id": "u1", "campaign_id": "a0", "redemption_time": at(-5)}
+    world["redemptions"] = [make_row("redemptions", ingest_date=days(-n), **redeemed) for n in (2, 4)]
+    resent = [row | {"ingest_date": days(2), "campaign_id": "b0"} for row in world["sends"][:3]]
     for name, rows in world.items():
-        write(make_frame(spark, name, rows), root_uri, name)
+        write(make_frame(spark, name, rows + (resent if name == "sends" else [])), root_uri, name)
     first = run_job(spark, build_vocabulary, config, DateRange(days(-60), days(0)))
     again = run_job(spark, build_vocabulary, config, DateRange(days(-60), days(0)))
     version = first.facts["vocabulary_version"]
     assert again.facts["vocabulary_version"] == version == vocabulary.current(root_uri).version
+    inputs = examples.read_inputs(spark, config, days(50))  # copies count once, as they came first
+    assert [row["ingest_date"] for row in inputs.redemptions.collect()] == [days(-4)]
+    wanted = make_frame(spark, "sends", world["sends"])
+    assert tables.content_hash(inputs.sends) == tables.content_hash(wanted)
     job = run_job(spark, build_examples, config, DateRange(days(-10), days(60)))
     assert job.facts["splits"] == {"train": 16, "train_late": 0, "valid": 0, "embargo": 16, "test": 0}
     assert job.facts["left_out"] == {"no_history": 0, "censored": 16}

@@ -53,7 +53,8 @@ def test_feeds_land_in_their_tables_with_reasons_and_counts(spark: SparkSession,
     land(root, "orders", [], day="2024-01-11")
     land(root, "campaigns", [CAMPAIGN, CAMPAIGN | {"campaign_id": "2", "end_date": "2024-01-09"}])
     land(root, "consents", [CONSENT, CONSENT | {"user_id": "u2", "state": "perhaps"}])
-    land(root, "consents", [CONSENT | {"state": "denied"}], day="2024-01-11")
+    left = CONSENT | {"state": "denied", "reason": "bounce"}
+    land(root, "consents", [left, CONSENT | {"updated_time": "2024-01-09T12:00:00Z"}], day="2024-01-11")
     land(root, "users", [{"user_id": "u1", "has_attributes": True, "attributes": {"age": "45"}, "extra": 1}])
 
     job = clean(spark, local)
@@ -62,6 +63,10 @@ def test_feeds_land_in_their_tables_with_reasons_and_counts(spark: SparkSession,
     assert sends["s1", 10]["coupon_id"] == "later file"
     assert sends["s2", 10]["send_date"] == date(2023, 11, 5)  # 00:30 EDT
     assert (job.rows["sends_raw_rows"], job.rows["sends"], job.rows["sends_duplicates"]) == (7, 3, 2)
+    landed = {"sends": 7, "orders": 2, "campaigns": 2, "consents": 4, "users": 1}
+    for feed in set(schemas.FEEDS) - {"events"}:
+        raw, *parts = (job.rows[f"{feed}{part}"] for part in ("_raw_rows", "", "_duplicates", "_quarantine"))
+        assert raw == sum(parts) == landed.get(feed, 0), feed
     refused = tables.read(spark, root, "quarantine").collect()
     assert {(r["feed"], r["row_number"], r["reason"]) for r in refused} == {
         ("sends", 3, "missing_send_id"),
@@ -70,8 +75,9 @@ def test_feeds_land_in_their_tables_with_reasons_and_counts(spark: SparkSession,
         ("campaigns", 1, "bad_time"),
         ("consents", 1, "unknown_state"),
     }
-    consents = {r["snapshot_date"].day: r["state"] for r in tables.read(spark, root, "consents").collect()}
-    assert consents == {10: "granted", 11: "denied"}
+    consents = tables.read(spark, root, "consents").collect()
+    found = {r["snapshot_date"].day: (r["state"], r["reason"]) for r in consents}
+    assert found == {10: ("granted", None), 11: ("denied", "bounce")}  # the older grant comes second
     campaign = tables.read(spark, root, "campaigns").collect()
     assert [(r["campaign_id"], r["coupons"][0]["item_ids"]) for r in campaign] == [("1", ["i1"])]
     assert tables.read(spark, root, "users").collect()[0]["attributes"] == {"age": "45"}

@@ -42,6 +42,11 @@ def test_closed_days_do_not_make_a_table_stale() -> None:
     closed = (D0 - DAY, D0 - 2 * DAY)
     assert kpis.check_freshness("events", by_day, D0, closed, 1).verdict == "ok"
     assert kpis.check_freshness("events", by_day, D0, closed[:1], 1).verdict == "stale"
+    # Two open days may pass: D0 - 1 is closed, so D0 - 3 is the second.
+    assert kpis.check_freshness("events", by_day, D0, closed[:1], 2).verdict == "ok"
+    assert kpis.check_freshness("events", {D0 - 4 * DAY: 5}, D0, closed[:1], 2).verdict == "stale"
+    assert kpis.check_freshness("events", {D0 - DAY: 5}, D0, (D0,), 0).verdict == "ok"
+    assert kpis.check_freshness("events", {D0 - DAY: 5}, D0, (), 0).verdict == "stale"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from builders import D0, make_frame, make_row
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
-from couponflow.campaign import assignment, eligibility, selection
+from couponflow.campaign import assignment, eligibility, export, selection
 from couponflow.config import Config, SelectionConfig
 from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
@@ -91,6 +91,17 @@ CASES = {
     "value": BASE,
     "none": BASE | {"objective": "top_k"},
     "budget of nothing": BASE | {"budget_amount": 0.0},
+    "budget below the first user": BASE | {"budget_amount": 0.04},
+    "max_recipients of nobody": BASE | {"max_recipients": 0},
+    "value of nobody": BASE | {"margin_amount": 0.5},
+    "none among free options without a budget": {
+        "objective": "top_k",
+        "budget_amount": 0.0,
+        "mail_cost_amount": 0.0,
+        "discount_amount": 0.0,
+    },
+    "budget beyond the range of a bigint": BASE
+    | {"mail_cost_amount": 1e11, "objective": "top_k", "budget_amount": 5e11},
     "budget under top_k": BASE | {"objective": "top_k", "budget_amount": 11.0, "max_recipients": 200},
     "value under threshold": BASE | {"objective": "threshold", "min_probability": 0.0125},
 }
@@ -145,6 +156,13 @@ def test_hashes_are_equal_in_spark_and_python(spark: SparkSession) -> None:
     assert {r.user_id: (r.unit, r.tie) for r in rows} == {
         name: (assignment.unit_hash("s", name), assignment.tie_key("18", name)) for name in names
     }
+
+
+def test_an_amount_without_end_is_refused() -> None:
+    for amount in (math.inf, 1e13):
+        with pytest.raises(ConfigError, match="section selection: amount"):
+            selection.micro(amount)
+    assert selection.micro(1e12) == 10**18
 
 
 def test_an_unknown_reason_stops() -> None:
@@ -241,10 +259,29 @@ def test_selection_and_hand_over_are_done_once(spark: SparkSession, config: Conf
         run_job("select_audience", spark, config)
     assert tables.version(spark, root_uri, "assignments") == versions[0]
 
+    # Neither another place nor another version gets the day's users once more.
+    moved = config.model_copy(
+        update={"export": config.export.model_copy(update={"target_uri": f"{root_uri}/new"})}
+    )
+    with pytest.raises(ConflictError, match="would mail its users again"):
+        run_job("export_audience", spark, moved)
+    assert not Path(f"{root_uri}/new").exists()
+
+
+def test_a_user_with_two_ranks_is_refused(spark: SparkSession) -> None:
+    consent = spark.createDataFrame([("u1", None), ("u2", None)], "user_id string, consent_reason string")
+    base = {"campaign_id": "18", "version": "v"}
+    audience = [
+        make_row("audience", user_id=f"u{n}", rank=rank, **base) for rank, n in enumerate((1, 2, 1), 1)
+    ]
+    ledger = [make_row("assignments", user_id=f"u{n}", arm="treat", **base) for n in (1, 2)]
+    with pytest.raises(DataError, match="stands in it twice"):
+        export.recipients(
+            make_frame(spark, "audience", audience), make_frame(spark, "assignments", ledger), consent
+        )
+
 
 def test_a_list_that_the_ledger_does_not_mail_is_refused(spark: SparkSession) -> None:
-    from couponflow.campaign import export
-
     consent = spark.createDataFrame([("u1", None), ("u2", None)], "user_id string, consent_reason string")
     base = {"campaign_id": "18", "version": "v"}
     audience = make_frame(

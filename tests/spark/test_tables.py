@@ -1,5 +1,6 @@
 """The door to Delta: a write replaces its range, all of it and nothing else."""
 
+import shutil
 import threading
 import time
 from datetime import date, timedelta
@@ -8,10 +9,12 @@ from typing import Any
 
 import pytest
 from builders import D0, make_frame, make_row
-from pyspark.sql import SparkSession
+from delta.exceptions import ConcurrentAppendException
+from pyspark.sql import DataFrameWriter, SparkSession
 from pyspark.sql import functions as F
 
 from couponflow import pipeline
+from couponflow.config import SparkConfig
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import schemas, tables
@@ -79,6 +82,103 @@ def test_reading_what_is_not_there(spark: SparkSession, root_uri: str) -> None:
         tables.read(spark, root_uri, "orders")
     with pytest.raises(ConfigError, match="unknown table 'nonsense'"):
         tables.read(spark, root_uri, "nonsense")
+
+
+def test_a_table_of_other_code_is_refused(spark: SparkSession, root_uri: str) -> None:
+    day = DateRange.day(D0)
+    tables.overwrite(make_frame(spark, "orders", [order("a")]), root_uri, "orders", day)
+    place = f"delta.`{tables.table_uri(root_uri, 'orders')}`"
+    for change, found in (
+        ("SET TBLPROPERTIES ('couponflow.schema_version' = '0')", "schema version 0"),
+        ("UNSET TBLPROPERTIES ('couponflow.schema_version')", "schema version none"),
+    ):
+        spark.sql(f"ALTER TABLE {place} {change}")
+        with pytest.raises(DataError, match=f"orders .* has {found}, this code knows 1"):
+            tables.read(spark, root_uri, "orders")
+        with pytest.raises(DataError, match=found):
+            tables.overwrite(make_frame(spark, "orders", [order("b")]), root_uri, "orders", day)
+    spark.sql(f"ALTER TABLE {place} SET TBLPROPERTIES ('couponflow.schema_version' = '1')")
+    assert ids(spark, root_uri) == {"a"}
+
+
+def test_a_lost_answer_of_our_commit_is_success(
+    spark: SparkSession, root_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    day = DateRange.day(D0)
+    tables.overwrite(make_frame(spark, "orders", [order("a")]), root_uri, "orders", day)
+    save = DataFrameWriter.save
+
+    def lose_answer(writer: Any, path: str) -> None:
+        save(writer, path)
+        raise ConcurrentAppendException("against our own commit", "")
+
+    def fail(writer: Any, path: str) -> None:
+        raise ConcurrentAppendException("against another one", "")
+
+    monkeypatch.setattr(DataFrameWriter, "save", lose_answer)
+    frame = make_frame(spark, "orders", [order("b"), order("c")])
+    assert tables.overwrite(frame, root_uri, "orders", day, "run-1") == 2
+    monkeypatch.setattr(DataFrameWriter, "save", fail)
+    with pytest.raises(ConflictError, match="run again"):
+        tables.overwrite(
+            frame, root_uri, "orders", day, "run-1"
+        )  # the earlier commit of the run is not this one
+    assert ids(spark, root_uri) == {"b", "c"}
+    assert tables.version(spark, root_uri, "orders") == 2
+
+
+def test_versions_that_are_not_there(spark: SparkSession, root_uri: str) -> None:
+    tables.overwrite(make_frame(spark, "orders", [order("a")]), root_uri, "orders", DateRange.day(D0))
+    with pytest.raises(DataError, match=r"table orders .* version 99"):
+        tables.read(spark, root_uri, "orders", version=99)
+
+
+def test_a_lost_commit_is_a_damaged_log(spark: SparkSession, root_uri: str, tmp_path: Path) -> None:
+    spare = str(tmp_path / "spare")
+    for name in "ab":
+        tables.overwrite(make_frame(spark, "orders", [order(name)]), spare, "orders", DateRange.day(D0))
+    shutil.copytree(spare, root_uri)  # a place whose log this process has not seen
+    Path(root_uri, "tables", "orders", "_delta_log", f"{1:020d}.json").unlink()
+    with pytest.raises(DataError, match=r"table orders .*(damaged|cannot be read)"):
+        tables.read(spark, root_uri, "orders")
+
+
+class Builder:
+    """Notes what a session would be built with, and is that session."""
+
+    def __init__(self) -> None:
+        self.settings: dict[str, str] = {}
+        self.builder = self.sparkContext = self
+
+    def config(self, name: str, value: str) -> "Builder":
+        self.settings[name] = value
+        return self
+
+    def appName(self, name: str) -> "Builder":  # noqa: N802 - Spark's name
+        return self.config("name", name)
+
+    def master(self, name: str) -> "Builder":
+        return self.config("master", name)
+
+    def setLogLevel(self, level: str) -> None:  # noqa: N802 - Spark's name
+        self.config("level", level)
+
+    def getOrCreate(self) -> "Builder":  # noqa: N802 - Spark's name
+        return self
+
+
+@pytest.mark.parametrize("is_submitted", [True, False])
+def test_a_cluster_keeps_its_own_settings(monkeypatch: pytest.MonkeyPatch, is_submitted: bool) -> None:
+    monkeypatch.delenv("SPARK_ENV_LOADED", raising=False)  # a driver inside YARN has not got it
+    monkeypatch.delenv("PYSPARK_GATEWAY_PORT", raising=False)
+    if is_submitted:
+        monkeypatch.setenv("PYSPARK_GATEWAY_PORT", "40000")
+    monkeypatch.setattr(tables, "SparkSession", Builder())
+    made: Any = tables.spark_session(SparkConfig(master="local[3]", shuffle_partitions=5), "x")
+    ours = {"master", "spark.driver.memory", "spark.sql.shuffle.partitions", "level"}
+    assert ours & set(made.settings) == (set() if is_submitted else ours)
+    assert made.settings["spark.sql.session.timeZone"] == "UTC"
+    assert "DeltaSparkSessionExtension" in made.settings["spark.sql.extensions"]
 
 
 def test_tables_are_created_as_declared(spark: SparkSession, root_uri: str, tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ import torch
 
 from couponflow.config import load_config
 from couponflow.errors import DataError
-from couponflow.models.batch import random_batch
+from couponflow.models.batch import Batch, random_batch
 from couponflow.models.bundle import Bundle, Logistic
 from couponflow.models.dien import Dien
 from couponflow.training import baselines, fitting, metrics
+from couponflow.training.launch import Workers
 
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
 
@@ -114,3 +115,44 @@ def test_a_network_starts_at_the_logistic_model_if_asked(warm: bool) -> None:
     assert network.last.bias.item() == pytest.approx(bias, rel=1e-5)
     assert network.wide_mean.tolist() == pytest.approx(wide.mean(0), rel=1e-5)
     assert network.wide_sd.tolist() == pytest.approx(wide.std(0), rel=1e-5)
+
+
+def test_the_logistic_start_holds_on_the_statistics_of_all_rows() -> None:
+    """The model is fitted on the first rows only; the network standardises by all of them."""
+    wide, label = planted(500)
+    wide[400:] += 4.0
+    wide[:, 2] = 1.0
+    config = load_config(None)
+    network = Dien(config.model, SIZES, wide.shape[1])
+    held = fitting.WideRows(wide.mean(0), wide.std(0), float(label.mean()), wide[:400], label[:400])
+    fitting.prepare(network, held, config)
+    model = baselines.fit_logistic(wide[:400], label[:400], config.training.logistic_c)
+    expected = (wide - model.mean) / np.where(model.sd == 0.0, 1.0, model.sd) @ model.coef + model.intercept
+    standardised = (torch.from_numpy(wide).float() - network.wide_mean) / network.wide_sd
+    found = (network.wide_linear(standardised)[:, 0] + network.last.bias).tolist()
+    assert found == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_rows_held_for_the_start_are_bounded_over_all_ranks(
+    num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = [random_batch(torch.Generator().manual_seed(n), 8, num_wide=3) for n in range(20)]
+    monkeypatch.setattr(fitting, "_WARM_ROWS", 64)
+    workers = Workers()
+    workers.size = num_ranks
+    rows = fitting.wide_rows(Batches(batches), workers)
+    every = torch.cat([batch.wide for batch in batches]).double().numpy()
+    assert rows.wide.tolist() == every[: 64 // num_ranks].tolist()
+    assert rows.mean == pytest.approx(every.mean(0))
+    assert rows.sd == pytest.approx(every.std(0))
+
+
+class Batches:
+    """A feed of batches in memory."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self._batches = batches
+
+    def epoch(self) -> list[Batch]:
+        return self._batches

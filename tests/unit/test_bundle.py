@@ -175,7 +175,8 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_bundle(folder, "v2")
     assert str(caught.value) == (
-        f"model {version} expects vocabulary v1, table has v2; rebuild examples with v1 or train again"
+        f"model {version} expects vocabulary v1, table has v2; rebuild examples with v1, or train again and "
+        "`couponflow models promote` that model"
     )
 
 
@@ -214,6 +215,8 @@ def test_a_folder_without_manifest_is_no_bundle(tmp_path: Path) -> None:
         ({"model_version": "dien-000000000000"}, "the manifest says dien-000000000000"),
         ({"vocabulary_sizes": RANDOM_SIZES | {"item": 51}}, "something else than this network's weights"),
         ({"schema_version": None}, "is no bundle manifest"),
+        ({"files": ["network.pt"]}, r"no bundle manifest \(files\)"),
+        ({"vocabulary_sizes": 3, "wide_features": None}, r"\(vocabulary_sizes, wide_features\)"),
         ({"files": {"../secret": ""}}, "outside its folder"),
         ({"files": {"/etc/hostname": ""}}, "outside its folder"),
     ],

@@ -68,6 +68,10 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(config_file: Path, tmp_path:
         (["backfill", "sessionize", "--from-date", "2024-01-02", "--to-date", "2024-01-01"], "reversed"),
         (["land", "elsewhere"], "source.name"),
         (["check"], "give --contract"),
+        (["job", "score", "--dates", "2024-01-01"], "job score needs --campaign ID"),
+        (["job", "train", "--dates", "2024-01-01"], "job train needs --model KIND"),
+        (["status", "--job", "trian"], "unknown job 'trian'"),
+        (["run", "--set", "run.last_date=2016-01-01"], "run.last_date"),
         (["models", "promote", "best", "--reason", "x"], "expected champion"),
     ],
 )
@@ -89,6 +93,28 @@ def test_status_shows_runs_and_reasons(config_file: Path, tmp_path: Path) -> Non
     assert (record["job"], record["status"]) == ("sessionize", "failed")
     assert "run clean_events" in record["error"]
     assert "failed" in CliRunner().invoke(app, ["status", "--config", str(config_file)]).stdout
+
+
+def test_land_twice_lands_once(config_file: Path, tmp_path: Path) -> None:
+    small = [
+        "source.num_users=5",
+        "run.first_date=2024-01-01",
+        "run.last_date=2024-01-20",
+        "run.run_date=2024-01-20",
+    ]
+    argv = ["land", "synthetic", "--config", str(config_file)]
+    argv += [word for value in small for word in ("--set", value)]
+    raw = tmp_path / "lake" / "raw"
+    found = []
+    for _ in range(2):
+        done = CliRunner().invoke(app, argv)
+        assert done.exit_code == 0, done.output
+        found.append({path: (path.stat().st_mtime_ns, path.read_bytes()) for path in raw.rglob("*.jsonl")})
+    assert found[0] == found[1]
+    assert found[0]
+    done = CliRunner().invoke(app, [*argv, "--set", "source.seed=1"])
+    assert done.exit_code == 4
+    assert "was landed before with other rows" in done.output
 
 
 def test_backfill_dry_run_lists_each_day(config_file: Path, tmp_path: Path) -> None:

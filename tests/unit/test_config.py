@@ -1,5 +1,6 @@
 """The config tree: layers, refusals by name, fingerprints."""
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,25 @@ def test_layers_in_order(tmp_path: Path) -> None:
         ("lake.time_zone=Mars/Olympus", "unknown time zone"),
         ("lake.closed_days=['2017-13-01']", "lake.closed_days"),
         ("examples.valid_start='2016-01-01'", "train_start < valid_start < test_start"),
+        ("run.run_date=0", "run.run_date = 0"),  # no seconds since 1970
+        ("run.run_date='86400'", "expected a calendar day"),
+        ("run.run_date=2017-10-30T00:00:00", "run.run_date = datetime"),
+        ("run.last_date=9999-12-31", "run.last_date"),
+        ("lake.closed_days=[86400]", "lake.closed_days.0"),
+        ("lake.closed_days=2017-12-25", "lake.closed_days"),
+        ("model.attention_dims=[true]", "model.attention_dims.0 = True"),
+        ("model.attention_dims=[0]", "greater than or equal to 1"),
+        ("selection.budget_amount=inf", "finite"),
+        ("selection.control_share=nan", "selection.control_share"),
+        ("selection.budget_amount=true", "selection.budget_amount = True"),
+        ("events.quarantine_rules=[{reasn='a', where='b'}]", "rules.0.reasn; did you mean reason?"),
+        ("gap_minutes=10", "did you mean sessions.gap_minutes?"),
+        ("run.campaign_id=", "run.campaign_id = ''"),
+        ("run.campaign_id=a/../b", "run.campaign_id"),
+        ("lake.root_uri=", "expected a folder or gs://bucket/prefix"),  # else the root of the disk
+        ("lake.root_uri=s3://bucket/lake", "expected a folder or gs://bucket/prefix"),
+        ("lake.root_uri=gs://", "expected a folder or gs://bucket/prefix"),
+        ("export.target_uri=~/out", "expected a folder or gs://bucket/prefix"),
         ("sessions.gap_minutes.x=1", "is a value, not a section"),
         ("nonsense", "expected section.name=value"),
     ],
@@ -44,6 +64,20 @@ def test_bad_values_are_refused_by_name(tmp_path: Path, override: str, words: st
     with pytest.raises(ConfigError) as caught:
         load_config(file, (override,))
     assert words in str(caught.value)
+
+
+def test_overrides_need_no_quotes() -> None:
+    overrides = (
+        "run.campaign_id=18",
+        "run.run_date=2017-10-31",
+        "lake.root_uri=var/lake.v2=x",
+        "events.key_version=2.0",
+    )
+    config = load_config(None, (*overrides, "lake.closed_days=[2017-12-25, '2017-12-26']"))
+    assert (config.run.campaign_id, config.run.run_date) == ("18", date(2017, 10, 31))
+    assert (config.lake.root_uri, config.events.key_version) == ("var/lake.v2=x", "2.0")
+    assert config.lake.closed_days == (date(2017, 12, 25), date(2017, 12, 26))
+    assert Config.model_validate_json(config.model_dump_json()) == config  # as the ranks read it
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
@@ -67,6 +101,8 @@ def test_a_fingerprint_is_stable_and_local_to_its_sections() -> None:
     assert base.fingerprint("lake", "sessions") == other.fingerprint("lake", "sessions")
     assert base.fingerprint("training") != other.fingerprint("training")
     assert base.fingerprint() != other.fingerprint()
+    assert base.fingerprint("training.num_ranks") == other.fingerprint("training.num_ranks")
+    assert base.fingerprint("training.learning_rate") != other.fingerprint("training.learning_rate")
 
 
 def test_every_field_is_described() -> None:

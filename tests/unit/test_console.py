@@ -1,9 +1,13 @@
 """Progress: the bar follows stages, reported steps and the epochs that ranks log."""
 
 import io
+import json
+import threading
+import time
 
+import pytest
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from couponflow import console, pipeline
 from couponflow.dates import DateRange
@@ -39,6 +43,45 @@ def test_bars_follow_stages_steps_and_epochs() -> None:
         }  # nothing of the last stage stays
     log.info("epoch 5/8: after the run")
     assert "evaluate: epochs" not in shown(display)
+
+
+def test_brackets_and_colons_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "cast [/price] at 10:100:00 [red] :warning:"
+    console.show_rows("Runs", ["error"], [[text]])
+    console.show_json({"error": text, "long": "x" * 300})
+    table, _, tree = capsys.readouterr().out.partition("{")
+    assert text in table
+    assert json.loads("{" + tree) == {"error": text, "long": "x" * 300}
+
+
+def test_steps_and_stages_from_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    display = console.RunDisplay(lambda: None)
+    display._bars = Progress(console=Console(file=io.StringIO(), force_terminal=True))
+    display._is_terminal = True
+    stop = threading.Event()
+    wrong: list[Exception] = []
+
+    def steps() -> None:
+        while not stop.is_set():
+            try:
+                display._step("Spark tasks", 1, 2)
+            except Exception as error:
+                wrong.append(error)
+
+    remove = display._bars.remove_task
+
+    def remove_slowly(task: TaskID) -> None:
+        remove(task)
+        time.sleep(0.01)
+
+    monkeypatch.setattr(display._bars, "remove_task", remove_slowly)
+    watcher = threading.Thread(target=steps)
+    watcher.start()
+    for number in range(5):
+        display._start(number, 5, pipeline.Stage("evaluate", DAY, ()))
+    stop.set()
+    watcher.join()
+    assert not wrong
 
 
 def test_numbers_are_right_aligned_with_separators() -> None:

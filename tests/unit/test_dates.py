@@ -39,6 +39,10 @@ def test_widen() -> None:
         "2024-01-02:2024-01-01",
         "2010-01-01:2024-01-01",
         "2024-01-01:2024-01-02:2024-01-03",
+        "2024-01-01:",  # such as A:$B where B is not set: never one day by accident
+        ":2024-01-01",
+        "9999-12-31",  # has no day after it
+        "0001-01-01",
     ],
 )
 def test_bad_dates_are_refused_with_the_next_step(text: str) -> None:

@@ -112,6 +112,14 @@ def test_each_condition_of_the_gate_decides_alone(
     assert len([r for r in verdict["reasons"] if r.startswith("fails")]) == (decision == "keep_champion")
 
 
+@pytest.mark.parametrize("error", [0.02, 0.0], ids=["too few users", "one user"])
+def test_a_difference_that_is_not_testable_promotes_nobody(error: float) -> None:
+    numbers = {"calibration_ratio": 1.0, "ece": 0.01}
+    verdict = evaluation.judge([Comparison("b", "a", 0.05, (0.01, 0.09), error)], numbers, numbers)
+    assert verdict["decision"] == "keep_champion"
+    assert [r for r in verdict["reasons"] if "is no claim" in r] == verdict["reasons"][:1]
+
+
 def test_every_cut_off_must_hold() -> None:
     good, bad = Comparison("b", "a", 0.03, (0.01, 0.05), 0.01), Comparison("b", "a", 0.0, (-0.01, 0.01), 0.01)
     numbers = {"calibration_ratio": 1.0, "ece": 0.01}

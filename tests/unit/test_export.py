@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -83,6 +84,49 @@ def test_other_content_under_the_same_version_is_a_conflict(tmp_path: Path) -> N
     export.hand_over(handover(tmp_path), ROWS, "select-1")
     with pytest.raises(ConflictError, match="other content"):
         export.hand_over(handover(tmp_path), export.Recipients(ROWS.rows[:1], 2), "select-1")
+
+
+def test_a_list_begun_under_other_consent_waits_for_a_person(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = storage.create
+
+    def dies_before_manifest(uri: str, content: bytes, run_id: str) -> None:
+        if uri.endswith("manifest.json"):
+            raise OSError("killed")
+        create(uri, content, run_id)
+
+    monkeypatch.setattr(storage, "create", dies_before_manifest)
+    with pytest.raises(OSError, match="killed"):
+        export.hand_over(handover(tmp_path), ROWS, "select-1")
+    monkeypatch.undo()
+    fewer = export.Recipients(ROWS.rows[:1], 2)
+    with pytest.raises(ConflictError, match=r"audience\.csv was begun .* remove the file"):
+        export.hand_over(handover(tmp_path, run_id="export-2"), fewer, "select-1")
+    assert export.finished(handover(tmp_path)) is None
+    (tmp_path / "out" / "18" / "v1" / "audience.csv").unlink()
+    assert export.hand_over(handover(tmp_path, run_id="export-3"), fewer, "select-1")["num_recipients"] == 1
+
+
+def test_one_version_and_one_place_per_run_date(tmp_path: Path) -> None:
+    """Even two exporters that passed every check at the same moment hand one list over."""
+    export.hand_over(handover(tmp_path), ROWS, "select-1")
+    with pytest.raises(ConflictError, match="version v1 is handed over to"):
+        export.hand_over(handover(tmp_path, "v2"), ROWS, "select-2")
+    elsewhere = replace(handover(tmp_path), target_uri=str(tmp_path / "elsewhere"))
+    with pytest.raises(ConflictError, match="would mail its users again"):
+        export.hand_over(elsewhere, ROWS, "select-1")
+    assert set(contents(tmp_path / "out")) == {"18/v1/audience.csv", "18/v1/manifest.json"}
+    assert not (tmp_path / "elsewhere").exists()
+    export.hand_over(handover(tmp_path, "v2", day=date(2024, 1, 11)), ROWS, "select-2")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"file": "audience.csv"}'])
+def test_a_broken_manifest_is_named(tmp_path: Path, text: str) -> None:
+    export.hand_over(handover(tmp_path), ROWS, "select-1")
+    (tmp_path / "out" / "18" / "v1" / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=r"v1/manifest\.json"):
+        export.finished(handover(tmp_path))
 
 
 def test_a_second_version_of_the_same_run_date_is_refused(tmp_path: Path) -> None:

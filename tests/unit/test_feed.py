@@ -1,15 +1,18 @@
 """The door to Petastorm, on tiny Parquet files; two ranks run as two threads around a barrier."""
 
 import json
+import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from numpy.typing import ArrayLike
 
 from couponflow.errors import ConfigError, ConflictError, DataError
@@ -30,6 +33,7 @@ def make_example(number: int, split: str = "train", length: int = 2) -> dict[str
         "user_id": f"u{number}",
         "target_id": f"c{number % 3}",
         "split": split,
+        "vocabulary_version": "v1",
         "label": number % 2,
         "history": history.astype("<i4").tobytes(),
         "negatives": generator.integers(1, 8, (length, 2)).astype("<i4").tobytes(),
@@ -220,6 +224,77 @@ def test_drifted_columns_are_named(tmp_path: Path, column: str, value: object, m
     files = {"train": {(tmp_path / "x.parquet").as_uri(): 3}}
     with pytest.raises(DataError, match=f"column .*x.parquet: {message}"):
         feed.check(feed.Dataset(1, "v1", SIZES, layouts.WIDE_FEATURES, files), "train", columns=(column,))
+
+
+def test_rows_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
+    """A rebuild of some dates leaves the others as they were; their ids name other things."""
+    old = write_file(tmp_path, "a.parquet", [make_example(n) for n in range(4)])
+    new = write_file(tmp_path, "b.parquet", [make_example(4) | {"vocabulary_version": "v2"}])
+    dataset = feed.Dataset(3, "v2", SIZES, layouts.WIDE_FEATURES, {"train": {old: 4, new: 1}})
+    with pytest.raises(DataError, match="version 3 mixes vocabularies v1 and v2; run build_examples for all"):
+        list(feed.Feed(dataset, "train", Workers(), 8).epoch())
+    with pytest.raises(DataError, match="mixes vocabularies"):
+        feed.read_all(dataset, "train", feed.WIDE_COLUMNS)
+
+
+@pytest.mark.parametrize("field", ["item", "category", "shop", "event_type"])
+def test_ids_beyond_the_vocabulary_stop_before_the_network_sees_them(tmp_path: Path, field: str) -> None:
+    dataset = make_dataset(tmp_path, (30,))
+    short = feed.Dataset(3, "v1", SIZES | {field: 3}, layouts.WIDE_FEATURES, dataset.files)
+    with pytest.raises(DataError, match=rf"split train: {field} id \d is beyond vocabulary v1"):
+        list(feed.Feed(short, "train", Workers(), 100).epoch())
+
+
+def test_aggregates_alone_leave_histories_unread(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, (5, 6), valid=1)
+    whole, part = (
+        feed.read_all(dataset, "train", columns) for columns in (feed.ALL_COLUMNS, feed.WIDE_COLUMNS)
+    )
+    assert [(row.wide, row.label, row.example_id) for row in part] == [
+        (row.wide, row.label, row.example_id) for row in whole
+    ]
+    assert {row.history + row.negatives + row.target for row in part} == {b""}
+    assert [batch.size for batch in feed.batches(part, 5)] == [5, 4]
+
+
+def test_a_long_pass_says_how_far_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher kills ranks that print nothing for minutes."""
+    monkeypatch.setattr(feed, "_PROGRESS_SECONDS", -1.0)
+    monkeypatch.setattr(logging.getLogger("couponflow"), "propagate", True)
+    dataset = make_dataset(tmp_path, (9, 4), valid=0)
+    with caplog.at_level(logging.INFO, "couponflow"):
+        run_ranks(2, lambda workers: list(feed.Feed(dataset, "train", workers, 6).epoch()))
+    assert [text.split(" of ")[0] for text in caplog.messages] == ["train: 3", "train: 6", "train: 9"]
+
+
+def test_remote_files_are_read_through_the_legacy_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Bucket(MemoryFileSystem):
+        """An object store in memory, under the names that gcsfs uses."""
+
+        protocol = ("gs",)
+        store: ClassVar[dict[str, object]] = {}
+        pseudo_dirs: ClassVar[list[str]] = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return "/" + path.removeprefix("gs://").strip("/")
+
+    bucket = Bucket(skip_instance_cache=True)
+    monkeypatch.setattr(feed, "_gcs", lambda: bucket)
+    local, remote = make_dataset(tmp_path, (5, 3, 6), valid=2), {}
+    for split, named in local.files.items():
+        remote[split] = {f"gs://bucket/lake/{Path(uri).name}": rows for uri, rows in named.items()}
+    for path in tmp_path.iterdir():
+        bucket.pipe_file(f"gs://bucket/lake/{path.name}", path.read_bytes())
+    dataset = feed.Dataset(3, "v1", SIZES, layouts.WIDE_FEATURES, remote)
+    assert feed.read_all(dataset, "train") == feed.read_all(local, "train")
+    bucket.rm("gs://bucket/lake/part-1.parquet")
+    with pytest.raises(DataError, match=r"gs://bucket/lake/part-1.parquet .* does not exist"):
+        feed.check(dataset, "train")
 
 
 @pytest.mark.parametrize("where", ["_common_metadata", "part-0.parquet"])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import time
@@ -67,6 +68,17 @@ def test_error_of_a_rank_comes_back_as_its_class(fake: None, tmp_path: Path) -> 
         launch.run(2, [*script(text), str(tmp_path)], tmp_path)
 
 
+def test_the_first_rank_to_fail_is_named(fake: None, tmp_path: Path) -> None:
+    text = (
+        "import pathlib, json, os, sys; f = pathlib.Path(sys.argv[1]);"
+        "note = lambda rank, at, text: (f.joinpath(f'error-{rank}.json').write_text(json.dumps("
+        "{'class': 'InfraError', 'message': text})), os.utime(f / f'error-{rank}.json', (at, at)));"
+        "note(0, 200, 'peer lost'); note(1, 100, 'disk full'); sys.exit(5)"
+    )
+    with pytest.raises(InfraError, match="rank 1: disk full"):
+        launch.run(2, [*script(text), str(tmp_path)], tmp_path)
+
+
 def test_a_wordless_death_is_an_infra_error_with_the_last_lines(fake: None, tmp_path: Path) -> None:
     with pytest.raises(InfraError, match=r"code 7 .* last lines: one \| two"):
         launch.run(2, script("print('one'); print('two'); raise SystemExit(7)"), tmp_path)
@@ -86,6 +98,52 @@ def test_silence_kills_the_whole_family(fake: None, tmp_path: Path) -> None:
     assert time.perf_counter() - start < 30
     pid = int(str(caught.value).split("last line: ")[1].split(";")[0])
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_pipe_that_outlives_its_launcher_does_not_hang_the_call(fake: None, tmp_path: Path) -> None:
+    text = (
+        "import subprocess, sys;"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)'];"
+        "print(subprocess.Popen(sleep, start_new_session=True).pid, flush=True)"
+    )
+    start = time.perf_counter()
+    with pytest.raises(InfraError, match=r"nothing for 1\.5 s") as caught:
+        launch.run(2, script(text), tmp_path, silence_seconds=1.5)
+    psutil.Process(int(str(caught.value).split("last line: ")[1].split(";")[0])).kill()
+    assert time.perf_counter() - start < 30
+
+
+def test_a_job_that_is_told_to_end_takes_its_ranks_along(tmp_path: Path) -> None:
+    rank = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    text = (
+        "import logging, pathlib, sys; from couponflow.training import launch;"
+        "logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout);"
+        "launch.command = lambda num_ranks, argv, timeout: list(argv);"
+        f"launch.run(2, {script(rank)!r}, pathlib.Path({str(tmp_path)!r}))"
+    )
+    with subprocess.Popen(script(text), stdout=subprocess.PIPE, text=True) as job:
+        pid = int(job.stdout.readline())
+        job.terminate()
+        assert job.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_foreign_error_of_a_rank_is_an_infra_error_without_its_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(workers: launch.Workers) -> None:
+        raise RuntimeError("peer closed the connection\nat gloo/transport.cc")
+
+    with pytest.raises(SystemExit) as caught:
+        launch.run_rank(tmp_path, work)
+    assert caught.value.code == 5
+    note = json.loads((tmp_path / "error-0.json").read_text())
+    assert note["class"] == "InfraError"
+    path = tmp_path / "traceback-0.txt"
+    assert note["message"] == f"RuntimeError: peer closed the connection; run again, or see {path}"
+    assert "at gloo/transport.cc" in path.read_text()
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["error-0.json", "traceback-0.txt"]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_rank_leaves_its_error_and_exit_code(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from couponflow.dates import DateRange
 from couponflow.entry import record_run
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import storage
+from couponflow.training import registry
 
 DAY = DateRange.parse("2024-01-10")
 
@@ -104,6 +105,111 @@ def test_a_failed_stage_runs_again(config: Config, calls: list[str], monkeypatch
     assert execute(config) == [True, False]
 
 
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Jobs train, evaluate and score in miniature; a training makes its bundle the newest of its kind."""
+    made: list[str] = []
+
+    def train(run: Any) -> None:
+        made.append("train")
+        run.facts["model_version"] = bundle(run.root_uri, "dien-0123456789ab")
+        if registry.pointed(run.root_uri, "champion") is None:
+            registry.set_champion(run.root_uri, "dien", run.run_id, "first")
+
+    functions: dict[str, Any] = {
+        "train": train,
+        "evaluate": lambda run: made.append("evaluate"),
+        "score": lambda spark, run: made.append("score"),
+    }
+    for name, function in functions.items():
+        module = types.ModuleType(f"jobs.{name}")
+        module.run = function  # type: ignore[attr-defined]  # a job module in miniature
+        monkeypatch.setitem(sys.modules, f"jobs.{name}", module)
+    return made
+
+
+def bundle(root_uri: str, version: str) -> str:
+    uri = storage.join(root_uri, "models", version, "manifest.json")
+    if not storage.exists(uri):
+        storage.create(uri, b"{}", "r")
+    registry._move(root_uri, "newest-dien", version, "r", "registered")
+    return version
+
+
+@pytest.mark.parametrize("name", ["dien", "champion"])
+def test_another_model_behind_a_name_is_a_changed_input(
+    tmp_path: Path, trained: list[str], name: str
+) -> None:
+    config = test_config(tmp_path, f"scoring.model={name}")
+    root_uri = config.lake.root_uri
+    models = [
+        pipeline.Stage("train", DAY, ("training",), model="dien", uses_spark=False),
+        pipeline.Stage("evaluate", DAY, (), ("train dien",), uses_spark=False),
+        pipeline.Stage("score", DAY, ("scoring",), ("train dien",), campaign="18"),
+    ]
+
+    def called() -> list[str]:
+        trained.clear()
+        pipeline.execute(config, models, lambda: None, pipeline.Progress())
+        return list(trained)
+
+    assert called() == ["train", "evaluate", "score"]
+    assert called() == []
+    bundle(root_uri, "dien-ba9876543210")  # trained by hand, over other dates
+    assert called() == ["train"]  # which makes its own model the newest again
+    assert called() == []
+    bundle(root_uri, "dien-ba9876543210")
+    registry.set_champion(root_uri, "dien", "r", "promoted")
+    assert called() == ["train", "evaluate", *(["score"] if name == "champion" else [])]
+    Path(root_uri, "models", "dien-0123456789ab", "manifest.json").unlink()
+    assert called() == ["train"]  # a lost bundle is made again
+
+
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [
+        ("build_examples", "training.num_ranks=7"),  # files per split
+        (
+            "select_audience campaign 18",
+            "export.target_uri=elsewhere",
+        ),  # where a handed-over list is looked for
+        ("export_audience campaign 18", "selection.consent_max_age_hours=7"),
+    ],
+)
+def test_a_stage_names_the_values_that_it_reads(tmp_path: Path, stage: str, override: str) -> None:
+    plain, changed = test_config(tmp_path), test_config(tmp_path, override)
+    sections = {planned.name: planned.sections for planned in pipeline.plan(plain)}[stage]
+    assert plain.fingerprint(*sections) != changed.fingerprint(*sections)
+
+
+def test_a_new_learning_rate_keeps_the_examples(tmp_path: Path) -> None:
+    plain, changed = test_config(tmp_path), test_config(tmp_path, "training.learning_rate=0.5")
+    stale = {
+        s.name
+        for s in pipeline.plan(plain)
+        if plain.fingerprint(*s.sections) != changed.fingerprint(*s.sections)
+    }
+    assert stale == {"train logistic", "train dien", "train blend"}
+
+
+def test_checkpoints_beside_the_commits_are_no_versions(config: Config) -> None:
+    commit(config, 3)
+    for name in (
+        "00000000000000000003.checkpoint.0a1b.json",
+        "00000000000000000001.00000000000000000003.compacted.json",
+    ):
+        storage.create(storage.join(config.lake.root_uri, "tables", "events", "_delta_log", name), b"{}", "r")
+    assert pipeline.versions(config.lake.root_uri, ("events",)) == {"events": 3}
+
+
+@pytest.mark.parametrize(
+    "override", ["run.last_date=2017-01-31", "run.first_date=2017-09-01", "run.first_as_of=2018-01-01"]
+)
+def test_contradicting_dates_are_named(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.last_date \d.* must hold"):
+        pipeline.plan(test_config(tmp_path, override))
+
+
 def test_the_plan_is_in_order_and_every_job_exists(config: Config) -> None:
     planned = pipeline.plan(config)
     names = [stage.name for stage in planned]
@@ -134,3 +240,5 @@ def test_backfill_covers_each_day_once(config: Config) -> None:
     assert list(actions(run_backwards=True)) == ["04", "03", "02", "01"]
     with pytest.raises(ConfigError, match="jobs are"):
         pipeline.plan_backfill(config, "nonsense", dates)
+    with pytest.raises(ConfigError, match="needs --campaign ID"):
+        pipeline.plan_backfill(config, "score", dates)

@@ -1,5 +1,6 @@
 """Delivered files as Arrow tables: positions, broken records, drift, pseudonyms. No JVM."""
 
+import codecs
 import hashlib
 import hmac
 import io
@@ -104,6 +105,58 @@ def test_csv_and_parquet_give_the_rows_of_json() -> None:
     wanted = [row | {"source_file": None} for row in parse(lines(*rows))]
     for content, name in ((text.encode(), "a.csv"), (buffer.getvalue(), "a.parquet")):
         assert [row | {"source_file": None} for row in parse(content, name)] == wanted
+
+
+HEAD = b"order_id,user_id,order_time,total_amount,shop_id\n"
+
+
+def csv_line(order_id: str) -> bytes:
+    return f"{order_id},u1,2024-01-10T08:00:00Z,2.5,s1\n".encode("latin-1")
+
+
+def outcome(content: bytes, name: str = "a.csv") -> list[tuple[int, str | None, bool]]:
+    return [(row["row_number"], row["order_id"], row["_corrupt"]) for row in parse(content, name)]
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_a_csv_row_is_its_header_and_what_is_no_row_is_flagged_line_by_line(newline: bytes) -> None:
+    good = [csv_line('"two\nlines"'), b"\n", csv_line('"a ""b"", c"')]
+    bad = [b"o3,u1\n", csv_line("o4,more"), csv_line("caf\xe9"), csv_line('"o5"x')]
+    swallowed = [csv_line("o7"), b'o8,"u1\n', *[csv_line("o9")] * 5_000]  # longer than a cell may be
+    content = codecs.BOM_UTF8 + b"".join([HEAD, *good, *bad, *swallowed]).replace(b"\n", newline)
+    found = outcome(content)
+    lines = f"two{newline.decode()}lines"
+    assert found[:2] == [(0, lines, False), (1, 'a "b", c', False)]
+    assert found[2:7] == [*[(n, None, True) for n in range(2, 6)], (6, "o7", False)]
+    assert [number for number, _, _ in found] == list(range(7 + 5_001))  # every swallowed line is a row
+    assert found[7][1:] == (None, True)
+    assert found[-1][1:] == ("o9", False), "the reader must recover after a refused row"
+    assert outcome(HEAD + csv_line("o1") + b'o2,"u1\n' + csv_line("o3"))[1:] == [
+        (1, None, True),
+        (2, None, True),
+    ]
+    assert outcome(HEAD) == outcome(b"") == []
+
+
+@pytest.mark.parametrize("extra", [b"", b"{broken\n"])
+def test_marks_line_ends_blank_lines_and_repeated_keys_of_json_lines(extra: bytes) -> None:
+    line = json.dumps(order()).encode()
+    twice = b'{"order_id": "first", ' + json.dumps(order(order_id="last")).encode()[1:]
+    content = codecs.BOM_UTF8 + line + b"\r\n" + twice + b"\r\n\r\n" + line + b"\r\n" + extra
+    assert outcome(content, "a.jsonl")[:3] == [(0, "o1", False), (1, "last", False), (3, "o1", False)]
+    assert outcome(b"[" + line + b"," + line + b"]\n" + line, "a.jsonl") == [
+        (0, None, True),
+        (1, "o1", False),
+    ]
+
+
+def test_a_file_with_a_byte_order_mark_is_no_drift_and_a_repeated_header_is(tmp_path: Path) -> None:
+    land(tmp_path, "2024-01-10", codecs.BOM_UTF8 + HEAD + csv_line("o1"), "a.csv")
+    land(tmp_path, "2024-01-10", codecs.BOM_UTF8 + lines(order()), "a.jsonl")
+    assert find(tmp_path).new_columns == ()
+    land(tmp_path, "2024-01-10", HEAD.replace(b"shop_id", b"user_id") + csv_line("o1"), "b.csv")
+    with pytest.raises(DataError, match=r"b\.csv: expected csv records, found none"):
+        find(tmp_path)
 
 
 def test_pseudonyms_are_hmac_sha256_and_leave_empty_ids_to_validation() -> None:

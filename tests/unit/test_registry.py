@@ -111,6 +111,19 @@ def test_a_pointer_moved_by_another_run_is_a_conflict(
         registry.set_champion(root, b, "run-5", "late")
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3"])
+def test_a_damaged_pointer_is_named(root: str, tmp_path: Path, content: str) -> None:
+    version = registry.register(root, make_bundle(tmp_path / "one"), "run-1")
+    (Path(root) / "models" / "champion.json").write_text(content)
+    for call in (
+        lambda: registry.resolve(root, "champion"),
+        lambda: registry.set_champion(root, version, "run-2", "gate"),
+        lambda: registry.roll_back(root, "run-3", "worse"),
+    ):
+        with pytest.raises(DataError, match=r"champion.json is no model pointer .* promote a version"):
+            call()
+
+
 @pytest.mark.parametrize("name", ["best", "logistic-xyz", "../champion", "logistic-00000000000g", ""])
 def test_unknown_names_are_refused(root: str, name: str) -> None:
     with pytest.raises(ConfigError, match="expected champion"):

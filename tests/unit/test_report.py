@@ -12,6 +12,7 @@ import pytest
 from couponflow.campaign import charts, formats, report
 from couponflow.campaign.report import ReportInputs
 from couponflow.errors import ConflictError
+from couponflow.training import evaluation
 
 MINUS = charts.MINUS
 DIEN, LOGISTIC, BLEND = "dien-3f9ab2c1d4e5", "logistic-81c0ffee90ab", "blend-0d1e2f3a4b5c"
@@ -342,7 +343,7 @@ def test_disagreeing_records_are_listed_at_the_top() -> None:
             make_inputs(
                 selection=make_selection(expected_cost_amount=130.0),
                 score={"model_version": LOGISTIC, "kind": "logistic", "num_users": 2469},
-                export={"num_recipients": 413, "file": "a.csv"},
+                export={"num_recipients": 413, "file": "a.csv", "version": "2017-10-30-other"},
                 conservation=doors,
                 evaluation=evaluation,
                 stages=stages,
@@ -352,6 +353,7 @@ def test_disagreeing_records_are_listed_at_the_top() -> None:
     ).text
     top = text[text.index("Look at this before") : text.index("Who gets the mail, and who does not")]
     assert "expected cost USD 130.00 is above the budget USD 120.00" in top
+    assert "exported list is version 2017-10-30-other, the selection shown is 2017-10-30-dien" in top
     assert "exported file has 413 recipients and 0 users withdrew, the audience has 412" in top
     assert "“raw receipts to events”: 47 unaccounted for" in top
     assert "Table events is stale: 4 days behind." in top
@@ -370,9 +372,11 @@ def test_model_section_shows_metrics_gate_and_what_cannot_be_seen() -> None:
     assert "smallest true difference in AUC that would be found in four of five cases is about 0.018" in text
     assert "This list was scored with DIEN , because the configuration names it." in text
     assert "No difference is shown: the interval includes zero. A true difference below about 0.018" in text
-    assert "✗ Fails: calibration error 0.0470, champion 0.0310" in text
-    assert "✓ Holds: expected over observed conversions 1.040" in text
-    assert "Its best 10% of users hold 41% of the conversions, 4.1 times as many" in text
+    assert f"✗ Fails: AUC differs from the champion's by {MINUS}0.005, with chance between" in text
+    assert f"between {MINUS}0.017 and +0.008; both ends have to be above 0" in text
+    assert "✗ Fails: its calibration error is 0.0470, and the champion's 0.0310 must not be exceeded" in text
+    assert "✓ Holds: it predicted 1.04 times the conversions that came; 0.9 to 1.1 is allowed" in text
+    assert "Its best 10% of the sends hold 41% of the conversions, 4.1 times as many" in text
 
 
 @pytest.mark.parametrize(
@@ -399,10 +403,30 @@ def test_a_difference_is_named_only_when_its_interval_leaves_zero_out(
     assert found == [verdict]
 
 
-def test_a_skipped_stage_has_no_time() -> None:
+def test_a_skipped_stage_shows_its_time_and_counts_as_no_work() -> None:
     text = _Page(report.render(make_inputs())).text
-    assert "10 stages, 6 min 18 s of work" in text  # 401.2 s less the 22.8 s of clean_feeds
-    assert f"clean_feeds 2017-01-01:2017-12-31 {formats.DASH} skipped" in text
+    assert "10 stages, 6 min 18 s of work this time; 1 skipped" in text  # 401.2 s less the 22.8 s
+    assert "clean_feeds 2017-01-01:2017-12-31 22.8 s skipped" in text
+    again = [stage | {"skipped": True} for stage in make_stages()]
+    text = _Page(report.render(make_inputs(stages=again))).text
+    assert "10 stages, all with the results of earlier runs, which took 6 min 41 s; nothing had" in text
+    assert "score 2017-10-30 18.9 s skipped" in text
+    anew = [stage | {"skipped": False} for stage in make_stages()]
+    text = _Page(report.render(make_inputs(stages=anew))).text
+    assert "10 stages, 6 min 41 s of work." in text
+    assert "skipped" not in text
+
+
+def test_the_gate_s_words_are_those_that_the_gate_writes() -> None:
+    """The reasons of the real gate are all understood; another text stays as it is."""
+    found = evaluation.Comparison("dien", "logistic", -0.005, (-0.017, 0.008), 0.0064, 0)
+    points = {"calibration_ratio": 1.2, "ece": 0.047}
+    reasons = evaluation.judge([found, found], points, {"ece": 0.031})["reasons"]
+    words = [report._reason(reason)[1] for reason in reasons]
+    assert len(words) == 4
+    assert not {reason.partition(": ")[2] for reason in reasons} & set(words)
+    assert words[1].endswith("have to be above 0 (test period 2 of 2)")
+    assert report._reason("fails: it rains") == ("✗", "it rains")
 
 
 @pytest.mark.parametrize(
@@ -523,9 +547,20 @@ def test_honesty_notes_follow_the_facts() -> None:
     assert "No uplift is claimed." in text
     assert "Type A exposure is pooled." in text
     real = make_selection(consent_source="preference centre")
-    text = _Page(report.render(make_inputs(selection=real, has_randomised_control=True))).text
-    assert "Consent is constructed." not in text
-    assert "No uplift is claimed." not in text
+    for known, claim in (
+        (True, "users of past mails were drawn at random, but nothing on this page makes use of that"),
+        (False, "Past mails were not sent at random"),
+        (None, "Whether past mails were sent at random is not on record"),
+    ):
+        text = _Page(report.render(make_inputs(selection=real, has_randomised_control=known))).text
+        assert "Consent is constructed." not in text
+        assert "No uplift is claimed." in text
+        assert [claim in text, text.count("at random")] == [True, 1]
+    withheld = make_selection(control_users=0)
+    assert (
+        "Another 24 selected users belong to the holdout"
+        in _Page(report.render(make_inputs(selection=withheld))).text
+    )
 
 
 def test_equal_inputs_give_equal_bytes() -> None:

@@ -1,11 +1,14 @@
 """Objects on local disk: created once, pointers moved against what was read."""
 
+import errno
+import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from couponflow.errors import ConfigError, ConflictError, DataError
+from couponflow.errors import ConfigError, ConflictError, DataError, InfraError
 from couponflow.lake import storage
 
 
@@ -48,6 +51,55 @@ def test_a_pointer_moves_only_from_what_was_read(tmp_path: Path) -> None:
         storage.replace(uri, b"v2", expected=None)
     storage.replace(uri, b"v2", expected=b"v1")
     assert storage.read_bytes(uri) == b"v2"
+
+
+def test_twenty_racing_movers_have_one_winner(tmp_path: Path) -> None:
+    uri = str(tmp_path / "pointer.json")
+    storage.replace(uri, b"start", expected=None)
+    for round_number in range(20):
+        held = storage.read_bytes(uri)
+        gate = threading.Barrier(20)
+        won: list[bytes] = []
+
+        def move(
+            number: int, held: bytes = held, gate: Any = gate, won: Any = won, turn: int = round_number
+        ) -> None:
+            content = f"{turn} {number}".encode()
+            gate.wait()
+            try:
+                storage.replace(uri, content, expected=held)
+            except ConflictError:
+                return
+            won.append(content)
+
+        threads = [threading.Thread(target=move, args=(n,)) for n in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert won == [storage.read_bytes(uri)]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(tmp_path / "a.json")
+    storage.replace(uri, b"old", None)
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InfraError, match=r"b\.json: 3 bytes cannot be written \(No space left on device\)"):
+        storage.create(str(tmp_path / "b.json"), b"new", "r1")
+    with pytest.raises(InfraError, match=r"a\.json: 3 bytes cannot be written"):
+        storage.replace(uri, b"new", b"old")
+    assert storage.read_bytes(uri) == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.json.lock", "a.json"]
+
+
+def test_what_a_killed_writer_left_is_not_listed(tmp_path: Path) -> None:
+    (tmp_path / ".a.json.k1ll3d").write_bytes(b"half")
+    storage.create(str(tmp_path / "a.json"), b"whole", "r1")
+    assert storage.list_names(str(tmp_path)) == ["a.json"]
 
 
 def test_missing_objects_are_named(tmp_path: Path) -> None:

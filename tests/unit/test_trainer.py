@@ -278,17 +278,40 @@ def test_every_validation_row_counts_once_over_ranks() -> None:
 
 
 def test_running_statistics_are_those_of_the_mixture() -> None:
-    data = [torch.randn(500, 3) * 2 + 1, torch.randn(500, 3) - 4]
+    data = [torch.randn(900, 3) * 2 + 1, torch.randn(300, 3) - 4]
 
     def work(workers: Workers) -> tuple[Tensor, Tensor]:
         norm = nn.BatchNorm1d(3, momentum=None)
         norm(data[workers.rank])
-        trainer.average_statistics(norm, workers)
+        trainer.average_statistics(norm, workers, len(data[workers.rank]))
         return norm.running_mean, norm.running_var
 
     for mean, variance in run_ranks(2, work):
         torch.testing.assert_close(mean, torch.cat(data).mean(0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(variance, torch.cat(data).var(0), rtol=5e-3, atol=1e-3)
+
+
+def test_a_rank_without_rows_does_not_dilute_the_statistics() -> None:
+    def work(workers: Workers) -> tuple[Tensor, Tensor]:
+        norm = nn.BatchNorm1d(1)
+        if not workers.rank:
+            norm.running_mean.fill_(4.0)
+            norm.running_var.fill_(9.0)
+        trainer.average_statistics(norm, workers, 0 if workers.rank else 50)
+        return norm.running_mean.item(), norm.running_var.item()
+
+    for found in run_ranks(2, work):
+        assert found == pytest.approx((4.0, 9.0))
+
+
+@pytest.mark.parametrize("held", [[], [make_batch(4)]], ids=["no rows", "not finite"])
+def test_validation_rows_that_cannot_be_judged_stop_the_run(held: list[Batch]) -> None:
+    """The first epoch would stay the best for ever: nothing is below a loss that is not a number."""
+    held = [Batch(**(vars(batch) | {"wide": batch.wide * float("nan")})) for batch in held]
+    with pytest.raises(DataError, match=f"{len(held) * 4} validation rows, 0 of them"):
+        trainer.fit(
+            make_network(), lambda epoch: [make_batch(8)], lambda: held, TrainingConfig(), 0.0, Workers()
+        )
 
 
 def test_only_matrices_decay() -> None:

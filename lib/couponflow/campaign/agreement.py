@@ -79,6 +79,9 @@ def find_problems(
             f"The list was selected from the scores of {selection['model_version']}, "
             f"the scores shown are from {score['model_version']}."
         )
+    decided, handed_over = selection.get("version"), export.get("version")
+    if decided and handed_over and decided != handed_over:
+        problems.append(f"The exported list is version {handed_over}, the selection shown is {decided}.")
     mailed, exported = selection.get("mailed_users"), export.get("num_recipients")
     withdrawn = count(export, "num_withdrawn")
     if export and mailed is not None and count(export, "num_recipients") + withdrawn != mailed:

@@ -73,7 +73,7 @@ def with_arm(users: DataFrame, campaign_id: str, section: SelectionConfig) -> Da
     is_holdout = unit_hash_column(_holdout_salt(section), user) < section.holdout_share
     is_control = unit_hash_column(_control_salt(section, campaign_id), user) < section.control_share
     arm = (
-        F.when(~F.col("would_select"), NONE)
+        F.when(~F.coalesce("would_select", F.lit(False)), NONE)
         .when(is_holdout, HOLDOUT)
         .when(is_control, CONTROL)
         .otherwise(TREAT)

@@ -1,7 +1,8 @@
 """Who may be mailed at all: consent, suppression, frequency cap. Fails closed everywhere.
 
 Every user of the master gets either no reason (eligible) or exactly one from ``REASONS``, the first that
-applies. What is unknown counts against mailing: no consent record, an unknown state, no usable score.
+applies. What is unknown counts against mailing: no consent record, an unknown state or reason, no usable
+score.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pyspark.sql import functions as F
 
 from couponflow.config import SelectionConfig
 from couponflow.dates import day_start
-from couponflow.errors import DataError
+from couponflow.errors import ConflictError, DataError
 
 #: Suppressions that the consent source names; any other refusal is ``consent_denied``.
 SUPPRESSIONS = ("unsubscribe", "bounce", "complaint", "legal")
@@ -58,7 +59,8 @@ def consent_status(
 
     Returns one row per ``user_id`` with ``consent_reason`` (null = may be mailed), and the snapshot.
     Rule: channel and purpose of the config; any suppression wins over a granted state, any row that is
-    not granted wins over one that is.
+    not granted wins over one that is. A reason says why not, so one of an unknown kind (under age, say) is a
+    denial even beside a granted state.
     Age: days between snapshot and run date, 24 hours each, so a change of summer time stops nobody.
 
     Raises:
@@ -83,9 +85,11 @@ def consent_status(
         & (F.col("channel") == section.consent_channel)
         & (F.col("purpose") == section.consent_purpose)
     )
-    named = [F.max(F.col("reason").eqNullSafe(reason)).alias(reason) for reason in SUPPRESSIONS]
+    told = F.coalesce(F.lower(F.trim("reason")), F.lit(""))
+    named = [F.max(told == reason).alias(reason) for reason in SUPPRESSIONS]
+    is_granted = F.col("state").eqNullSafe("granted") & told.isin("", *SUPPRESSIONS)
     by_user = of_channel.groupBy("user_id").agg(
-        F.min(F.col("state").eqNullSafe("granted")).alias("is_granted"),
+        F.min(is_granted).alias("is_granted"),
         F.max("source").alias("source"),
         *named,
     )
@@ -111,6 +115,28 @@ def consent_status(
     return status, Snapshot(newest, str(covered.source), int(covered.num_covered))
 
 
+def consent_at_export(
+    consents: DataFrame, users: DataFrame, run_date: date, section: SelectionConfig
+) -> DataFrame:
+    """``consent_status`` of the run date, which a newer snapshot can only tighten.
+
+    Days may pass between selection and hand-over. Where a snapshot after the run date is known by then, it
+    has to grant as well: who has withdrawn meanwhile, or is not in it any more, is not mailed.
+
+    Raises:
+        DataError: either snapshot is missing, too old or too small.
+    """
+    status, _ = consent_status(consents, users, run_date, section)
+    newest = consents.agg(F.max("snapshot_date")).collect()[0][0]
+    if newest <= run_date:
+        return status
+    later, _ = consent_status(consents, users, newest, section)
+    reason = F.coalesce("consent_reason", "later_reason").alias("consent_reason")
+    return status.join(later.withColumnRenamed("consent_reason", "later_reason"), "user_id").select(
+        "user_id", reason
+    )
+
+
 def mails_in_window(
     sends: DataFrame,
     assignments: DataFrame,
@@ -125,7 +151,8 @@ def mails_in_window(
     Rule: sends delivered in [start of run date - cap_days, start of run date), plus mailed users of the
     ledger whose send is not known yet: decided in the same days, or on the run date for another campaign
     (two campaigns prepared at once must not exceed the cap together). A decision of this campaign on the
-    run date is what is being made now and does not count.
+    run date is what is being made now and does not count. A send answers a decision of its campaign that is
+    not younger; an earlier wave of the campaign is another mail.
     """
     start = day_start(run_date - timedelta(days=cap_days), time_zone)
     as_of = day_start(run_date, time_zone)
@@ -141,10 +168,34 @@ def mails_in_window(
         )
         .select("user_id", "campaign_id", "run_date")
         .distinct()  # two versions of one decision are one mail
-        .join(delivered.select("user_id", "campaign_id").distinct(), ["user_id", "campaign_id"], "left_anti")
     )
-    mails = delivered.select("user_id").unionByName(decided.select("user_id"))
+    last = delivered.groupBy("user_id", "campaign_id").agg(F.max("send_date").alias("last_send_date"))
+    unsent = decided.join(last, ["user_id", "campaign_id"], "left").where(
+        F.col("last_send_date").isNull() | (F.col("last_send_date") < F.col("run_date"))
+    )
+    mails = delivered.select("user_id").unionByName(unsent.select("user_id"))
     return mails.groupBy("user_id").agg(F.count(F.lit(1)).alias("num_mails"))
+
+
+def check_cap(decided: DataFrame, mails: DataFrame, campaign_id: str, max_sends: int) -> None:
+    """Make sure that nobody who is to be mailed has reached the cap since the decision was prepared.
+
+    Inputs: ``decided`` with ``user_id`` and ``arm``; ``mails`` of ``mails_in_window``, read from the ledger
+    after the decision was written to it. Two campaigns prepared at the same time cannot see each other
+    before, so the one that finds the other here has to decide again.
+
+    Raises:
+        ConflictError: another campaign has taken such a user meanwhile.
+    """
+    over = mails.where(F.col("num_mails") >= max_sends).join(
+        decided.where(F.col("arm") == "treat"), "user_id"
+    )
+    num_over = over.count()
+    if num_over:
+        raise ConflictError(
+            f"campaign {campaign_id}: another campaign was prepared at the same time and mails {num_over} of "
+            "the same users beyond the frequency cap; run select_audience again"
+        )
 
 
 def with_reason(

@@ -1,8 +1,13 @@
 """The hand-over, exactly once: a list file, then its manifest. No manifest, no list.
 
 ``<target>/<campaign>/<version>/audience.csv`` and ``manifest.json`` are each created once and never replaced.
-Both are pure functions of the version, so a run that dies between them is simply run again, and two runs at
-once agree. A mail system reads a list only after its manifest. Ids only: the address is joined there.
+Both are pure functions of the version and of the consent known when it is handed over, so a run that dies
+between them is simply run again, and two runs at once agree; where consent has changed in between, nothing
+is handed over until a person has removed the unfinished file. A mail system reads a list only after its
+manifest. Ids only: the address is joined there.
+
+``<lake>/handovers/<campaign>/<run date>.json`` names the one version and folder that a day is handed over
+to. It is created before the list, so neither two versions at once nor another target mail anyone twice.
 """
 
 import csv
@@ -66,13 +71,13 @@ def export_audience(
 ) -> dict[str, Any]:
     """Hand a version over unless that is done already; returns the export facts.
 
-    The frames are the whole tables, read lazily. Consent is checked again with the snapshot of the run date
-    as it is now; who has withdrawn is dropped and counted as ``num_withdrawn``.
+    The frames are the whole tables, read lazily. Consent is checked again with the snapshots as they are
+    now; who has withdrawn is dropped and counted as ``num_withdrawn``.
 
     Raises:
         ConfigError: not approved, or recalled.
         DataError: consent is missing, stale or too small, the tables disagree, or a list was tampered with.
-        ConflictError: another version of this run date was handed over.
+        ConflictError: another version of this run date was handed over, or this one to another place.
     """
     check_approval(handover, auto_approve)
     done = finished(handover)
@@ -88,7 +93,7 @@ def export_audience(
             "run select_audience again"
         )
     master = eligibility.user_master(users, handover.run_date)
-    consent, _ = eligibility.consent_status(consents, master, handover.run_date, section)
+    consent = eligibility.consent_at_export(consents, master, handover.run_date, section)
     return hand_over(handover, recipients(audience.where(of_version), ledger, consent), str(decided_by))
 
 
@@ -158,7 +163,7 @@ def finished(handover: Handover) -> dict[str, Any] | None:
     uri = storage.join(handover.folder, MANIFEST)
     if not storage.exists(uri):
         return None
-    manifest = json.loads(storage.read_bytes(uri))
+    manifest = _read_manifest(uri)
     content = storage.read_bytes(storage.join(handover.folder, str(manifest["file"])))
     num_rows = content.count(b"\n") - 1  # the header
     if storage.sha256(content) != manifest["sha256"] or num_rows != manifest["num_recipients"]:
@@ -191,7 +196,7 @@ def recipients(audience: DataFrame, ledger: DataFrame, consent: DataFrame) -> Re
         .select("user_id", "campaign_id", "version", "coupon_id", "rank", "arm", "may_mail")
         .orderBy("rank", "user_id")
     )
-    rows, num_withdrawn, previous = [], 0, ""
+    rows, num_withdrawn, seen = [], 0, set()
     for row in joined.toLocalIterator():
         if row["arm"] != assignment.TREAT or row["rank"] is None:
             raise DataError(
@@ -200,9 +205,9 @@ def recipients(audience: DataFrame, ledger: DataFrame, consent: DataFrame) -> Re
             )
         if "@" in row["user_id"] or "@" in (row["coupon_id"] or ""):
             raise DataError("audience: an id holds '@'; mail addresses must not enter, nothing handed over")
-        if row["user_id"] == previous:
+        if row["user_id"] in seen:
             raise DataError("audience: a user stands in it twice; run select_audience again")
-        previous = row["user_id"]
+        seen.add(row["user_id"])
         if row["may_mail"]:
             rows.append(tuple(row[name] for name in COLUMNS))
         else:
@@ -226,8 +231,10 @@ def hand_over(handover: Handover, found: Recipients, decided_by: str) -> dict[st
     hand-overs of one version.
 
     Raises:
-        ConflictError: this version was written with other content.
+        ConflictError: this version was written with other content, the day belongs to another version, or
+            the version to another folder.
     """
+    _claim(handover)
     content = render(found.rows)
     manifest = {
         "schema_version": EXPORT_SCHEMA_VERSION,
@@ -242,7 +249,14 @@ def hand_over(handover: Handover, found: Recipients, decided_by: str) -> dict[st
         "sha256": storage.sha256(content),
     }
     text = json.dumps(manifest, indent=1, sort_keys=True).encode()
-    storage.create(storage.join(handover.folder, FILE), content, handover.run_id)
+    file = storage.join(handover.folder, FILE)
+    try:
+        storage.create(file, content, handover.run_id)
+    except ConflictError as error:
+        raise ConflictError(
+            f"{file} was begun by another run with other content, as consent has changed since; run again. "
+            "If this stays, that run has died: remove the file, which nobody reads without its manifest"
+        ) from error
     storage.create(storage.join(handover.folder, MANIFEST), text, handover.run_id)
     return _facts(handover, manifest, already_exported=False)
 
@@ -258,11 +272,41 @@ def check_only_version(handover: Handover) -> None:
         uri = storage.join(place, version, MANIFEST)
         if version == handover.version or not storage.exists(uri):
             continue
-        if json.loads(storage.read_bytes(uri))["run_date"] == handover.run_date.isoformat():
+        if _read_manifest(uri)["run_date"] == handover.run_date.isoformat():
             raise ConflictError(
                 f"campaign {handover.campaign_id}, {handover.run_date}: version {version} was handed over "
                 f"already, {handover.version} would mail its users again; prepare it for another run date"
             )
+
+
+def _claim(handover: Handover) -> None:
+    """Reserve the campaign's run date for this version and folder; the first claim stays."""
+    uri = storage.join(
+        handover.root_uri, "handovers", handover.campaign_id, f"{handover.run_date.isoformat()}.json"
+    )
+    claim = {"version": handover.version, "folder": handover.folder}
+    try:
+        storage.create(uri, json.dumps(claim, indent=1, sort_keys=True).encode(), handover.run_id)
+    except ConflictError as error:
+        first = json.loads(storage.read_bytes(uri))
+        raise ConflictError(
+            f"campaign {handover.campaign_id}, {handover.run_date}: version {first['version']} is handed "
+            f"over to {first['folder']}; {handover.version} in {handover.folder} would mail its users again. "
+            "Go on with the first one, or prepare the campaign for another run date"
+        ) from error
+
+
+def _read_manifest(uri: str) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        missing = {"file", "sha256", "num_recipients", "num_withdrawn", "run_date"} - set(manifest)
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{uri} is no manifest ({error}); someone has changed it, stop the mailing"
+        ) from error
+    if missing:
+        raise DataError(f"{uri} lacks {sorted(missing)[0]}; someone has changed it, stop the mailing")
+    return manifest
 
 
 def _note_uri(root_uri: str, kind: str, campaign_id: str, version: str) -> str:

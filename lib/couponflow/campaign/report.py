@@ -6,6 +6,7 @@ another place, no user id. Equal inputs give equal bytes.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,6 +26,12 @@ KINDS = {  # label, what it is, colour class, dash pattern
     "dien": ("DIEN", "sequences and aggregates", "c1", ""),
     "blend": ("Blend", "of DIEN and logistic regression", "c3", "2 4"),
 }
+#: The conditions of the gate, as ``evaluation.judge`` writes them.
+_DIFFERENCE = re.compile(
+    r"cut-off (\d+) of (\d+): (\w+) difference (\S+) \[(\S+), (\S+)\], minimum detectable \S+"
+)
+_RATIO = re.compile(r"expected over observed conversions (\S+), allowed (\S+) to (\S+)")
+_ERROR = re.compile(r"calibration error (\S+), champion (\S+)")
 MILESTONES = {"user_master", "eligible", "would_select", "mailed"}  # waterfall lines that exclude nobody
 LOWER_IS_BETTER = {"log_loss", "normalised_entropy", "ece", "brier"}
 METRICS = {
@@ -54,7 +61,8 @@ class ReportInputs:
     ``evaluation`` is the evaluation record, ``selection`` and ``export`` are the facts of those jobs,
     ``score`` has model_version, kind, num_users, cold_start_users, users_per_second, mean_probability.
     ``score_histogram`` has edges (n + 1), counts (n) and selected_counts (n). ``stages``, ``conservation``
-    and ``verdicts`` are lists of rows; ``has_randomised_control`` says whether past sends had one.
+    and ``verdicts`` are lists of rows; ``has_randomised_control`` says whether past sends had one, None where
+    that is not known.
     """
 
     campaign: Facts = field(default_factory=dict)
@@ -72,7 +80,7 @@ class ReportInputs:
     code_version: str = ""
     data_note: str = ""
     notes: Sequence[str] = ()
-    has_randomised_control: bool = False
+    has_randomised_control: bool | None = None
     currency: str = "USD"
     time_zone: str = "UTC"
 
@@ -162,9 +170,9 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "conservation": conservation,
         "verdicts": verdicts,
         "stages": _stages(inputs.stages),
-        "total_seconds": sum(
-            s["seconds"] for s in inputs.stages if charts.is_number(s.get("seconds")) and not s.get("skipped")
-        ),
+        "seconds": _seconds(inputs.stages, is_skipped=False),
+        "recorded_seconds": _seconds(inputs.stages, is_skipped=True),
+        "num_skipped": sum(bool(stage.get("skipped")) for stage in inputs.stages),
         "charts": {name: Markup(svg) for name, svg in made.items()},  # charts escape every text they show
         "histogram": bars,
         "gain_rows": _gain_rows(used),
@@ -288,10 +296,32 @@ def _gate(inputs: ReportInputs, models: Sequence[Facts]) -> dict[str, Any] | Non
 
 
 def _reason(text: str) -> tuple[str, str]:
-    """Mark and text of a gate's reason, which starts with ``holds:`` or ``fails:``."""
+    """Mark and plain words of a gate's reason, which starts with ``holds:`` or ``fails:``."""
     state, _, rest = str(text).partition(": ")
     marks = {"holds": "✓", "fails": "✗"}
-    return (marks[state], rest) if state in marks else ("", str(text))
+    return (marks[state], _in_words(rest)) if state in marks else ("", str(text))
+
+
+def _in_words(condition: str) -> str:
+    """What a condition of the gate means; one of another form stays as it is written."""
+    found = _DIFFERENCE.fullmatch(condition)
+    if found:
+        place, cutoffs, metric, *numbers = found.groups()
+        difference, low, high = (formats.decimal(float(number), is_signed=True) for number in numbers)
+        where = "" if cutoffs == "1" else f" (test period {place} of {cutoffs})"
+        return (
+            f"{METRICS.get(metric, metric)} differs from the champion's by {difference}, with chance between "
+            f"{low} and {high}; both ends have to be above 0{where}"
+        )
+    found = _RATIO.fullmatch(condition)
+    if found:
+        ratio, low, high = found.groups()
+        return f"it predicted {float(ratio):.2f} times the conversions that came; {low} to {high} is allowed"
+    found = _ERROR.fullmatch(condition)
+    if found:
+        own, champion = (formats.decimal(float(number), 4) for number in found.groups())
+        return f"its calibration error is {own}, and the champion's {champion} must not be exceeded"
+    return condition
 
 
 def _find(models: Sequence[Facts], name: Any) -> Facts:
@@ -334,6 +364,11 @@ def _comparisons(inputs: ReportInputs, models: Sequence[Facts]) -> list[dict[str
             }
         )
     return rows
+
+
+def _seconds(stages: Sequence[Facts], is_skipped: bool) -> float:
+    found = [stage.get("seconds") for stage in stages if bool(stage.get("skipped")) == is_skipped]
+    return sum(float(seconds) for seconds in found if seconds is not None and charts.is_number(seconds))
 
 
 def _stages(stages: Sequence[Facts]) -> list[dict[str, Any]]:

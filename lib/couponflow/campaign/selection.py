@@ -16,10 +16,11 @@ from pyspark.sql import functions as F
 
 from couponflow.campaign import assignment, eligibility
 from couponflow.config import SelectionConfig
-from couponflow.errors import ConflictError, DataError
+from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import tables
 
 MICRO = 1_000_000
+MAX_AMOUNT = 1_000_000_000_000  # in micro-units still far inside a bigint
 _NANO = 1_000_000_000  # probabilities are summed in these units, so that sums are order-free
 
 #: Reason -> label, in waterfall order after ``eligibility.REASONS``: why an eligible user is not mailed.
@@ -55,7 +56,15 @@ class Decision:
 
 
 def micro(amount: float) -> int:
-    """An amount of the config in micro-units."""
+    """An amount of the config in micro-units.
+
+    Raises:
+        ConfigError: it is infinite, or larger than ``MAX_AMOUNT``.
+    """
+    if not abs(amount) <= MAX_AMOUNT:
+        raise ConfigError(
+            f"section selection: amount {amount} is above {MAX_AMOUNT:,}; give a smaller one in the currency"
+        )
     return round(amount * MICRO)
 
 
@@ -100,19 +109,19 @@ def select_users(options: DataFrame, section: SelectionConfig) -> DataFrame:
     candidates = marked.where("is_candidate")
     before = Window.orderBy(F.desc("bucket")).rowsBetween(Window.unboundedPreceding, -1)
     histogram = candidates.groupBy("bucket").agg(
-        F.count(F.lit(1)).alias("num_users"), F.sum("cost_micro").alias("bucket_cost")
+        F.count(F.lit(1)).alias("num_users"), _exact_sum("cost_micro").alias("bucket_cost")
     )
     offsets = histogram.select(
         "bucket",
         F.coalesce(F.sum("num_users").over(before), F.lit(0)).alias("num_before"),
-        F.coalesce(F.sum("bucket_cost").over(before), F.lit(0)).alias("cost_before"),
+        F.coalesce(_exact_sum("bucket_cost").over(before), F.lit(0)).alias("cost_before"),
     )
     inside = Window.partitionBy("bucket").orderBy(F.desc("priority"), "tie", "user_id")
     so_far = inside.rowsBetween(Window.unboundedPreceding, Window.currentRow)
     ranked = (
         candidates.select("user_id", "bucket", "priority", "tie", "cost_micro")
         .withColumn("rank", F.row_number().over(inside))
-        .withColumn("running_micro", F.sum("cost_micro").over(so_far))
+        .withColumn("running_micro", _exact_sum("cost_micro").over(so_far))
         .join(F.broadcast(offsets), "bucket")
         .select(
             "user_id",
@@ -125,10 +134,10 @@ def select_users(options: DataFrame, section: SelectionConfig) -> DataFrame:
     within_budget = F.col("running_micro") <= micro(section.budget_amount)
     outcome = (
         F.when(F.col("reason").isNotNull(), F.col("reason"))
+        .when(within_size & within_budget, "selected")  # nothing but a proof selects
         .when(~F.col("is_candidate"), "value")
         .when(~within_size, "max_recipients")
         .when(~within_budget, "budget")
-        .otherwise("selected")
     )
     return (
         marked.join(ranked, "user_id", "left")
@@ -158,8 +167,8 @@ def summarise(decided: DataFrame, decision: Decision, snapshot: eligibility.Snap
     section = decision.section
     sums = decided.groupBy("reason").agg(
         F.count(F.lit(1)).alias("num_users"),
-        F.sum("cost_micro").alias("cost"),
-        F.sum("value_micro").alias("value"),
+        _exact_sum("cost_micro").alias("cost"),
+        _exact_sum("value_micro").alias("value"),
         F.sum(_times(F.coalesce("conversion_probability", F.lit(0.0)), _NANO)).alias("conversions"),
         F.min(F.when(F.col("rank").isNotNull(), F.struct("rank", "value_micro", "cost_micro"))).alias(
             "first"
@@ -337,6 +346,11 @@ def _bucket(priority: Column) -> Column:
         .otherwise(F.floor(F.log(priority) * _BUCKETS_PER_E))
         .cast("bigint")
     )
+
+
+def _exact_sum(name: str) -> Column:
+    """Sum of whole numbers that cannot wrap round, as a bigint's would without a word."""
+    return F.sum(F.col(name).cast("decimal(38,0)"))
 
 
 def _times(share: Column, amount: int) -> Column:

@@ -1,14 +1,17 @@
 """The only door to plain objects: bytes on local disk and on ``gs://``.
 
-Published objects are created once (``create``: generation precondition, or O_EXCL locally) or replaced
-against a known generation; nothing is ever overwritten blindly.
+Published objects are created once (``create``: generation precondition, or a hard link locally) or replaced
+against what was read (``replace``: generation precondition, or a lock file); nothing is overwritten blindly.
+Beside local objects lie hidden files: locks, and what a killed writer left; ``list_names`` shows neither.
 """
 
+import fcntl
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +50,13 @@ def read_bytes(uri: str) -> bytes:
 
     Raises:
         DataError: it does not exist.
+        InfraError: the disk or the store refused the read.
     """
-    try:
-        if is_remote(uri):
+    if is_remote(uri):
+        with _store_errors(uri):
             return bytes(_blob(uri).download_as_bytes())
+    with _disk_errors(uri):
         return Path(uri).read_bytes()
-    except Exception as error:
-        if isinstance(error, FileNotFoundError) or type(error).__name__ == "NotFound":
-            raise DataError(f"{uri} does not exist; run the stage that writes it") from error
-        raise InfraError(
-            f"{uri} cannot be read ({type(error).__name__}: {error}); check access and try again"
-        ) from error
 
 
 def read_head(uri: str, size: int) -> bytes:
@@ -65,30 +64,23 @@ def read_head(uri: str, size: int) -> bytes:
 
     Raises:
         DataError: it does not exist.
+        InfraError: the disk or the store refused the read.
     """
     if is_remote(uri):
-        blob = _blob(uri)
-        try:
+        with _store_errors(uri):
+            blob = _blob(uri)
             blob.reload()
             return bytes(blob.download_as_bytes(start=0, end=size - 1)) if blob.size else b""
-        except Exception as error:
-            if type(error).__name__ == "NotFound":
-                raise DataError(f"{uri} does not exist; run the stage that writes it") from error
-            raise InfraError(
-                f"{uri} cannot be read ({type(error).__name__}: {error}); check access and try again"
-            ) from error
-    try:
-        with Path(uri).open("rb") as file:
-            return file.read(size)
-    except FileNotFoundError as error:
-        raise DataError(f"{uri} does not exist; run the stage that writes it") from error
-    except OSError as error:
-        raise InfraError(f"{uri} cannot be read ({error.strerror}); check access and try again") from error
+    with _disk_errors(uri), Path(uri).open("rb") as file:
+        return file.read(size)
 
 
 def exists(uri: str) -> bool:
     """Whether the object is there."""
-    return bool(_blob(uri).exists()) if is_remote(uri) else Path(uri).is_file()
+    if not is_remote(uri):
+        return Path(uri).is_file()
+    with _store_errors(uri):
+        return bool(_blob(uri).exists())
 
 
 def create(uri: str, content: bytes, run_id: str) -> None:
@@ -103,25 +95,18 @@ def create(uri: str, content: bytes, run_id: str) -> None:
         return
     path = Path(uri)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary = _write_beside(path, content)
         try:
-            os.link(name, path)  # atomic, fails if the name is taken
+            os.link(temporary, path)  # atomic, fails if the name is taken
         finally:
-            Path(name).unlink()
+            temporary.unlink()
     except FileExistsError as error:
-        if path.read_bytes() != content:
+        if read_bytes(uri) != content:
             raise ConflictError(
                 f"{uri} was written by another run with other content; start a new version"
             ) from error
     except OSError as error:
-        raise InfraError(
-            f"{uri}: {len(content)} bytes cannot be written ({error.strerror}); free space or fix access"
-        ) from error
+        raise _unwritten(uri, content, error) from error
 
 
 def replace(uri: str, content: bytes, expected: bytes | None) -> None:
@@ -129,55 +114,56 @@ def replace(uri: str, content: bytes, expected: bytes | None) -> None:
 
     Raises:
         ConflictError: someone moved it first.
+        InfraError: the disk or the store refused the write.
     """
     if is_remote(uri):
         _replace_remote(uri, content, expected)
         return
     path = Path(uri)
-    found = path.read_bytes() if path.exists() else None
-    if found != expected:
-        raise ConflictError(f"{uri} changed meanwhile; read it again and repeat")
-    if found == content:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    Path(name).replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            found = path.read_bytes() if path.exists() else None
+            if found != expected:
+                raise ConflictError(f"{uri} changed meanwhile; read it again and repeat")
+            if found != content:
+                _write_beside(path, content).replace(path)
+    except OSError as error:
+        raise _unwritten(uri, content, error) from error
 
 
 def list_names(uri: str) -> list[str]:
     """Names directly below a prefix, files and folders, sorted; a missing folder has none."""
     if is_remote(uri):
-        bucket, prefix = _split(uri.rstrip("/") + "/")
-        pages = bucket.list_blobs(prefix=prefix, delimiter="/")
-        names = {blob.name.removeprefix(prefix) for blob in pages}
-        names |= {folder.removeprefix(prefix).rstrip("/") for folder in pages.prefixes}
+        with _store_errors(uri):
+            bucket, prefix = _split(uri.rstrip("/") + "/")
+            pages = bucket.list_blobs(prefix=prefix, delimiter="/")
+            names = {blob.name.removeprefix(prefix) for blob in pages}  # reads every page
+            names |= {folder.removeprefix(prefix).rstrip("/") for folder in pages.prefixes}
         return sorted(name for name in names if name)
     path = Path(uri)
-    return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    with _disk_errors(uri):
+        names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def download_folder(uri: str, folder: Path) -> Path:
-    """A local copy of all objects below a prefix; a local folder is returned as it is."""
+    """A local copy of all objects below a prefix; a local folder is returned as it is.
+
+    Raises:
+        ConfigError: an object's name would leave the folder.
+    """
     if not is_remote(uri):
         return Path(uri)
-    bucket, prefix = _split(uri.rstrip("/") + "/")
-    for blob in bucket.list_blobs(prefix=prefix):
-        target = folder / blob.name.removeprefix(prefix)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        blob.download_to_filename(str(target))
-    return folder
-
-
-def delete_folder(uri: str) -> None:
-    """Remove an unpublished folder (a run-unique prefix that never got its manifest)."""
-    if is_remote(uri):
+    with _store_errors(uri):
         bucket, prefix = _split(uri.rstrip("/") + "/")
         for blob in bucket.list_blobs(prefix=prefix):
-            blob.delete()
-    else:
-        shutil.rmtree(uri, ignore_errors=True)
+            name = blob.name.removeprefix(prefix)
+            if name and not name.endswith("/"):  # consoles leave such empty objects as folders
+                target = Path(join(str(folder), name))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                blob.download_to_filename(str(target))
+    return folder
 
 
 def sha256(content: bytes) -> str:
@@ -191,11 +177,85 @@ def walk(uri: str) -> Iterator[str]:
     return (str(path.relative_to(base)) for path in sorted(base.rglob("*")) if path.is_file())
 
 
+@contextmanager
+def _disk_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"{uri} does not exist; run the stage that writes it") from error
+    except OSError as error:
+        raise InfraError(f"{uri} cannot be read ({error.strerror}); check access and try again") from error
+
+
+def _unwritten(uri: str, content: bytes, error: OSError) -> InfraError:
+    return InfraError(
+        f"{uri}: {len(content)} bytes cannot be written ({error.strerror}); free space or fix access"
+    )
+
+
+def _write_beside(path: Path, content: bytes) -> Path:
+    """A hidden file in the object's folder, on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        Path(name).unlink()  # a full disk needs its space back
+        raise
+    return Path(name)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One mover of a pointer at a time; the system frees the lock of a process that dies."""
+    with path.with_name(f".{path.name}.lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _store_errors(uri: str) -> Iterator[None]:
+    """Errors of the object store as ours. The client has retried what is transient, for two minutes."""
+    from google.api_core import exceptions
+    from google.auth.exceptions import GoogleAuthError
+    from google.cloud.storage.exceptions import DataCorruption
+
+    bucket = uri.removeprefix("gs://").partition("/")[0]
+    try:
+        yield
+    except exceptions.PreconditionFailed:
+        raise  # only the writer knows whose object it met
+    except exceptions.NotFound as error:
+        raise DataError(
+            f"{uri} does not exist, or there is no bucket {bucket}; "
+            "run the stage that writes it, or correct the URI"
+        ) from error
+    except (exceptions.Forbidden, exceptions.Unauthorized) as error:
+        raise InfraError(
+            f"{uri}: access denied; grant roles/storage.objectUser on bucket {bucket} to this service account"
+        ) from error
+    except (exceptions.GoogleAPIError, GoogleAuthError, DataCorruption, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InfraError(
+            f"{uri}: the object store failed ({type(error).__name__}: {reason}); "
+            "check network and credentials, then try again"
+        ) from error
+
+
 def _client() -> Any:
+    return _client_for(os.environ.get("STORAGE_EMULATOR_HOST"))  # the library's own switch, set by tests
+
+
+@cache
+def _client_for(emulator: str | None) -> Any:
+    """One client, so one log-in and one connection pool, per process."""
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import storage
 
-    if os.environ.get("STORAGE_EMULATOR_HOST"):  # the client library's own switch, set by tests
+    if emulator:
         anonymous: Any = AnonymousCredentials  # untyped in the library
         return storage.Client(project="test", credentials=anonymous())
     return storage.Client()
@@ -212,36 +272,35 @@ def _blob(uri: str) -> Any:
 
 
 def _create_remote(uri: str, content: bytes, run_id: str) -> None:
-    from google.api_core.exceptions import Forbidden, GoogleAPICallError, PreconditionFailed
-
-    blob = _blob(uri)
-    blob.metadata = {"run_id": run_id}
-    try:
-        blob.upload_from_string(content, if_generation_match=0)
-    except PreconditionFailed as error:
-        # A retry of our own accepted upload also ends here: same bytes mean success.
-        if bytes(_blob(uri).download_as_bytes()) != content:
-            raise ConflictError(
-                f"{uri} was written by another run with other content; start a new version"
-            ) from error
-    except Forbidden as error:
-        raise InfraError(
-            f"{uri}: access denied; grant roles/storage.objectUser on the bucket to this service account"
-        ) from error
-    except GoogleAPICallError as error:
-        raise InfraError(f"{uri} cannot be written ({error}); try again") from error
+    if not _upload(uri, content, 0, run_id):
+        raise ConflictError(f"{uri} was written by another run with other content; start a new version")
 
 
 def _replace_remote(uri: str, content: bytes, expected: bytes | None) -> None:
+    with _store_errors(uri):
+        bucket, name = _split(uri)
+        blob = bucket.get_blob(name)
+        generation = int(blob.generation) if blob else 0  # a download may clear it, and with it the guard
+        found = bytes(blob.download_as_bytes()) if blob else None
+    changed = ConflictError(f"{uri} changed meanwhile; read it again and repeat")
+    if found != expected:
+        raise changed
+    if found != content and not _upload(uri, content, generation):
+        raise changed
+
+
+def _upload(uri: str, content: bytes, generation: int, run_id: str = "") -> bool:
+    """Write if the object still has this generation (0 = absent); false if another writer came first.
+
+    The client repeats an upload whose answer was lost, and then meets its own object: equal bytes mean ours.
+    """
     from google.api_core.exceptions import PreconditionFailed
 
-    blob = _split(uri)[0].get_blob(_split(uri)[1])
-    found = bytes(blob.download_as_bytes()) if blob else None
-    if found != expected:
-        raise ConflictError(f"{uri} changed meanwhile; read it again and repeat")
-    if found == content:
-        return
-    try:
-        _blob(uri).upload_from_string(content, if_generation_match=blob.generation if blob else 0)
-    except PreconditionFailed as error:
-        raise ConflictError(f"{uri} changed meanwhile; read it again and repeat") from error
+    with _store_errors(uri):
+        blob = _blob(uri)
+        blob.metadata = {"run_id": run_id} if run_id else None
+        try:
+            blob.upload_from_string(content, if_generation_match=generation)
+        except PreconditionFailed:
+            return bytes(_blob(uri).download_as_bytes()) == content
+    return True

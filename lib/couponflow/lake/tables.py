@@ -13,7 +13,7 @@ from typing import Any
 
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
-from pyspark.errors import AnalysisException
+from pyspark.errors import AnalysisException, PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -30,30 +30,39 @@ _PROPERTY = "couponflow.schema_version"
 def spark_session(config: SparkConfig, app_name: str) -> SparkSession:
     """The session of this process: UTC, Delta, dates and partitions as the jobs expect them.
 
-    Under ``spark-submit`` on a cluster the cluster's master and memory stay; locally the config decides.
+    Under ``spark-submit``, in every deploy mode, the cluster's own master, memory, partitions and log level
+    stay; elsewhere the config decides.
     """
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     builder = (
         SparkSession.builder.appName(app_name)
         .config("spark.sql.session.timeZone", "UTC")
         .config("spark.sql.extensions", "io.delta.sql.DeltaSparkSessionExtension")
         .config("spark.sql.catalog.spark_catalog", "org.apache.spark.sql.delta.catalog.DeltaCatalog")
         .config("spark.sql.execution.arrow.pyspark.enabled", "true")
-        .config("spark.sql.shuffle.partitions", str(config.shuffle_partitions))
     )
-    if "SPARK_ENV_LOADED" not in os.environ:  # set by spark-submit's own scripts
+    is_submitted = (
+        "PYSPARK_GATEWAY_PORT" in os.environ
+    )  # the JVM that started this driver; PySpark's own test
+    if not is_submitted:
+        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
         builder = (
             builder.master(config.master)
             .config("spark.driver.memory", config.driver_memory)
+            .config("spark.sql.shuffle.partitions", str(config.shuffle_partitions))
             .config("spark.ui.enabled", "false")
             .config("spark.ui.showConsoleProgress", "false")
+            .config("spark.ui.retainedJobs", "20")  # finished plans and tasks would fill the heap otherwise
+            .config("spark.ui.retainedStages", "20")
+            .config("spark.ui.retainedTasks", "500")
+            .config("spark.sql.ui.retainedExecutions", "5")
             .config("spark.driver.extraJavaOptions", "-Duser.timezone=UTC -XX:+UseParallelGC")
             .config("spark.databricks.delta.snapshotPartitions", "2")  # default 50 tasks per log read
             .config("spark.sql.sources.parallelPartitionDiscovery.parallelism", "4")
         )
     spark = builder.getOrCreate()
-    spark.sparkContext.setLogLevel("FATAL")  # errors reach the caller as ours, without JVM traces
+    if not is_submitted:
+        spark.sparkContext.setLogLevel("FATAL")  # errors reach the caller as ours, without JVM traces
     return spark
 
 
@@ -86,9 +95,14 @@ def read(
         reader = reader.option("versionAsOf", version)
     try:
         frame = reader.load(uri)
+        _check_schema_version(spark, declared, uri)
     except AnalysisException as error:
         raise DataError(
             f"table {table} cannot be read at {uri}: {_first_line(error)}; run the job that writes it"
+        ) from error
+    except (Py4JJavaError, PySparkException) as error:  # a commit is cut, gone or unreadable
+        raise DataError(
+            f"table {table} at {uri}: its log is damaged ({_first_line(error)}); restore its _delta_log"
         ) from error
     missing = [name for name in declared.column_names if name not in frame.columns]
     if missing:
@@ -125,18 +139,20 @@ def overwrite(
 
     Raises:
         DataError: a column is missing, has another type, or is null where the declaration forbids it.
+            Or the table has another schema version.
         ConflictError: another run changed the same range meanwhile.
         InfraError: the write failed.
     """
     declared = _declared(table)
     uri = table_uri(root_uri, table)
+    predicate = _predicate(declared, dates, equals)
     shaped = _conform(frame, declared)
     _create_if_absent(frame.sparkSession, declared, uri)
     mark = f"{run_id} {uuid.uuid4().hex[:8]}"
     writer = (
         shaped.write.format("delta")
         .mode("overwrite")
-        .option("replaceWhere", _predicate(declared, dates, equals))
+        .option("replaceWhere", predicate)
         .option("userMetadata", mark)
     )
     if rows_per_file is not None:
@@ -144,8 +160,11 @@ def overwrite(
     try:
         writer.save(uri)
     except Exception as error:
-        raise _write_error(error, table, dates or equals) from error
-    return _rows_committed(frame.sparkSession, uri, mark)
+        written = _rows_committed(frame.sparkSession, uri, mark)
+        if written is None:
+            raise _write_error(error, table, dates or equals) from error
+        return written  # the commit's answer was lost: the log holds our mark
+    return _rows_committed(frame.sparkSession, uri, mark) or 0
 
 
 def exists(spark: SparkSession, root_uri: str, table: str) -> bool:
@@ -238,8 +257,25 @@ def _conform(frame: DataFrame, declared: schemas.Table) -> DataFrame:
     return frame.select(*checked)
 
 
+def _check_schema_version(spark: SparkSession, declared: schemas.Table, uri: str) -> None:
+    """Refuse a table that older or newer code has laid out.
+
+    Off the snapshot that the read has just loaded: ``detail()`` says the same after seconds of Spark jobs.
+    """
+    jvm: Any = spark._jvm
+    log = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, uri)
+    found = log.unsafeVolatileSnapshot().metadata().configuration().get(_PROPERTY)
+    version = str(found.get()) if found.isDefined() else "none"
+    if version != str(schemas.SCHEMA_VERSION):
+        raise DataError(
+            f"table {declared.name} at {uri} has schema version {version}, this code knows "
+            f"{schemas.SCHEMA_VERSION}; use the code that wrote it, or build a new lake.root_uri"
+        )
+
+
 def _create_if_absent(spark: SparkSession, declared: schemas.Table, uri: str) -> None:
     if DeltaTable.isDeltaTable(spark, uri):
+        _check_schema_version(spark, declared, uri)
         return
     # Statistics only where they skip files: min/max of user ids would keep a person's id in the log.
     statistics = [*([declared.date_column] if declared.date_column else []), *declared.statistics]
@@ -257,22 +293,34 @@ def _create_if_absent(spark: SparkSession, declared: schemas.Table, uri: str) ->
     )
     if declared.partition:
         builder = builder.partitionedBy(*declared.partition)
-    builder.execute()
+    try:
+        builder.execute()
+    except Exception as error:
+        if not DeltaTable.isDeltaTable(spark, uri):  # else another run has created it at the same moment
+            raise _write_error(error, declared.name, "creation") from error
 
 
-def _rows_committed(spark: SparkSession, uri: str, mark: str) -> int:
-    """Rows of our own commit, which other writers' commits may have followed.
+def _rows_committed(spark: SparkSession, uri: str, mark: str) -> int | None:
+    """Rows of our own commit, which other writers' commits may have followed; None where there is none.
 
     Delta makes no commit when there is nothing to remove and nothing to add: then no row was written.
     """
-    history = DeltaTable.forPath(spark, uri).history(20).select("userMetadata", "operationMetrics").collect()
+    try:
+        history = (
+            DeltaTable.forPath(spark, uri).history(20).select("userMetadata", "operationMetrics").collect()
+        )
+    except (Py4JJavaError, PySparkException) as error:
+        raise InfraError(
+            f"table at {uri}: cannot tell whether the write was committed ({_first_line(error)}); run again"
+        ) from error
     ours = [row["operationMetrics"] for row in history if row["userMetadata"] == mark]
-    return int(ours[0].get("numOutputRows", 0)) if ours else 0
+    return int(ours[0].get("numOutputRows", 0)) if ours else None
 
 
 def _write_error(error: Exception, table: str, where: object) -> Exception:
     text = str(error)
-    if "[DELTA_CONCURRENT" in text or "ConcurrentModificationException" in text:
+    # Every class of that module is a lost race, and none is a subclass of another.
+    if type(error).__module__ == "delta.exceptions" or "ConcurrentModificationException" in text:
         return ConflictError(f"table {table}, range {where}: another run changed it meanwhile; run again")
     null = re.search(r"null in ([a-z_]+\.[a-z_]+)", text)
     if null:

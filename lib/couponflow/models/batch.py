@@ -144,6 +144,21 @@ def decode(
     )
 
 
+def beyond_vocabulary(batch: Batch, sizes: Mapping[str, int]) -> tuple[str, int] | None:
+    """The first field whose largest id needs more ids than ``sizes`` has, and that id; None where all fit."""
+    columns = {
+        "item": (batch.hist_item, batch.neg_item, batch.cand_item),
+        "category": (batch.hist_category, batch.neg_category, batch.cand_category),
+        "shop": (batch.hist_shop, batch.cand_shop),
+        "event_type": (batch.hist_type,),
+    }
+    for name, tensors in columns.items():
+        largest = max((int(tensor.max()) for tensor in tensors if tensor.numel()), default=0)
+        if largest >= sizes[name]:
+            return name, largest
+    return None
+
+
 def empty_batch(num_wide: int) -> Batch:
     """A batch of zero rows: what a rank without data feeds to its network."""
 

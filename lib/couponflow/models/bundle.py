@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from couponflow.config import ModelConfig
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import layouts
-from couponflow.models.batch import Array, Batch
+from couponflow.models.batch import Array, Batch, beyond_vocabulary
 from couponflow.models.calibration import IDENTITY, Calibrator
 from couponflow.models.dien import Dien
 
@@ -154,19 +154,12 @@ class Bundle:
         return self.calibrator.apply(logits)
 
     def _check_ids(self, batch: Batch) -> None:
-        columns = {
-            "item": (batch.hist_item, batch.cand_item),
-            "category": (batch.hist_category, batch.cand_category),
-            "shop": (batch.hist_shop, batch.cand_shop),
-            "event_type": (batch.hist_type,),
-        }
-        for name, tensors in columns.items():
-            largest = max((int(tensor.max()) for tensor in tensors if tensor.numel()), default=0)
-            if largest >= self.vocabulary_sizes[name]:
-                raise DataError(
-                    f"{name} id {largest} is beyond vocabulary {self.vocabulary_version} of model "
-                    f"{self.model_version} ({self.vocabulary_sizes[name]} ids); rebuild the examples with it"
-                )
+        if beyond := beyond_vocabulary(batch, self.vocabulary_sizes):
+            name, largest = beyond
+            raise DataError(
+                f"{name} id {largest} is beyond vocabulary {self.vocabulary_version} of model "
+                f"{self.model_version} ({self.vocabulary_sizes[name]} ids); rebuild the examples with it"
+            )
 
 
 def save_bundle(bundle: Bundle, folder: Path) -> None:
@@ -236,7 +229,7 @@ def load_bundle(folder: Path, vocabulary_version: str | None = None) -> Bundle:
     if vocabulary_version is not None and trained_with != vocabulary_version:
         raise ConfigError(
             f"model {version} expects vocabulary {trained_with}, table has {vocabulary_version}; "
-            f"rebuild examples with {trained_with} or train again"
+            f"rebuild examples with {trained_with}, or train again and `couponflow models promote` that model"
         )
     files = {name: _verified(folder, name, digest) for name, digest in manifest["files"].items()}
     sizes = {str(name): int(size) for name, size in manifest["vocabulary_sizes"].items()}
@@ -321,6 +314,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
         )
     if missing:
         raise ConfigError(f"{path} lacks {', '.join(sorted(missing))}")
+    forms = {"files": dict, "vocabulary_sizes": dict, "wide_features": list}
+    if wrong := [name for name, form in forms.items() if not isinstance(manifest[name], form)]:
+        raise ConfigError(f"{path} is no bundle manifest ({', '.join(wrong)}); copy the bundle again")
     return dict(manifest)
 
 

@@ -129,8 +129,8 @@ def check_freshness(
 ) -> Verdict:
     """Compare a table's newest day with the one that it should have reached.
 
-    Rule: a daily table may lag ``max_age_days`` behind the run date, and closed days do not count against
-    it; a table per run has rows on the run date; one that changes rarely has rows at all.
+    Rule: a daily table may lag ``max_age_days`` behind the run date, days that are closed not counted; a
+    table per run has rows on the run date; one that changes rarely has rows at all.
     Verdicts: missing (no table), empty (no rows up to the run date), stale (too old), ok.
     """
 
@@ -139,9 +139,10 @@ def check_freshness(
 
     match CADENCES[table]:
         case "daily":
-            wanted = run_date - timedelta(days=max_age_days)
-            while wanted in closed_days:
-                wanted -= timedelta(days=1)
+            wanted = run_date
+            for _ in range(max_age_days):
+                wanted = _last_open(wanted - timedelta(days=1), closed_days)
+            wanted = _last_open(wanted, closed_days)
             expected = f"rows on {wanted} or later"
         case "per run":
             wanted, expected = run_date, f"rows on {run_date}"
@@ -193,6 +194,13 @@ def verdict_rows(spark: SparkSession, verdicts: Iterable[Verdict]) -> DataFrame:
     declared = schemas.TABLES["verdicts"]
     rows = [tuple(getattr(verdict, name) for name in declared.column_names) for verdict in verdicts]
     return spark.createDataFrame(rows, tables.struct_type(declared.columns))
+
+
+def _last_open(day: date, closed_days: Collection[date]) -> date:
+    """The day itself, or the last one before it that is not closed."""
+    while day in closed_days:
+        day -= timedelta(days=1)
+    return day
 
 
 def _days(spark: SparkSession, root_uri: str, table: str) -> DataFrame:

@@ -38,7 +38,8 @@ def build(
 
     Grain: one row per row of ``population`` (user_id, campaign_id, as_of, as_of_date), its key; users
         without events stay. Adds ``wide``, float32 LE in the order of ``layouts.WIDE_FEATURES``.
-    Input: ``events`` with ``known_date``; the other frames as their tables, one row per campaign.
+    Input: ``events`` with ``known_date``; the other frames as their tables, each campaign, send and
+        redemption once.
     Units: counts, money (configured currency, floored at 0) and days go through log1p; flags are 0 or 1.
     Nulls: a user without events has zeros, recencies of 365 days and a tenure of 0.
     Cost: events are aggregated per order before the cut-offs are joined; promoted lines meet only the
@@ -78,7 +79,7 @@ def build(
 def _finished(name: str) -> Column:
     missing = MISSING_DAYS if name.endswith("recency_days") else 0
     value = F.coalesce(F.col(name).cast("double"), F.lit(float(missing)))
-    if name.endswith("_amount_all") or "_amount_" in name:
+    if "_amount_" in name:
         value = value / 1e6
     if not name.startswith(("is_", "has_")):
         value = F.log1p(F.greatest(value, F.lit(0.0)))
@@ -243,12 +244,15 @@ def _mail_features(sends: DataFrame, campaigns: DataFrame, cutoffs: DataFrame) -
 
 
 def _attribute_features(users: DataFrame, pairs: DataFrame) -> DataFrame:
-    """Whether attributes were known in the newest snapshot of the user master up to the cut-off's day."""
+    """Whether attributes were known in the newest snapshot of the user master before the cut-off's day.
+
+    The snapshot of that day is delivered after the day's start, which is the cut-off.
+    """
     days = pairs.select("as_of_date").distinct()
     newest = (
         users.select("snapshot_date")
         .distinct()
-        .join(days, F.col("snapshot_date") <= F.col("as_of_date"))
+        .join(days, F.col("snapshot_date") < F.col("as_of_date"))
         .groupBy("as_of_date")
         .agg(F.max("snapshot_date").alias("snapshot_date"))
     )

@@ -30,13 +30,24 @@ def latest_campaigns(campaigns: DataFrame) -> DataFrame:
     )
 
 
+def first_deliveries(rows: DataFrame, key: str) -> DataFrame:
+    """Keep each ``key`` once: its first delivery wins, so that a later copy changes nothing known before.
+
+    Needs: ``ingest_date``; (``key``, ``ingest_date``) is unique. Cost: one shuffle of two columns, one join.
+    """
+    first = rows.groupBy(key).agg(F.min("ingest_date").alias("first_date"))
+    is_first = F.col("ingest_date") == F.col("first_date")
+    return rows.join(first, key).where(is_first).select(*rows.columns)
+
+
 def with_label_window(
     sends: DataFrame, campaigns: DataFrame, config: ConversionsConfig, time_zone: str
 ) -> DataFrame:
     """Add ``label_start`` and ``label_end`` (UTC, half-open) to each send.
 
-    Grain: one row per send, as given. Needs: ``campaign_id`` and ``delivered_time``.
-    Rule: window 'campaign' = [local midnight of start_date, local midnight after end_date);
+    Grain: one row per send, as given. Needs: ``campaign_id``, ``send_date`` and ``delivered_time``.
+    Rule: window 'campaign' = [local midnight of start_date, local midnight after end_date), for a send after
+        the start from local midnight of its own day: what came before the mail is no answer to it;
         'days' = [delivered_time, delivered_time + label_days of 24 h).
     Nulls: a send of an unknown campaign has a null window under 'campaign'; ``check_campaigns`` refuses it.
     """
@@ -46,11 +57,12 @@ def with_label_window(
             "label_end", F.timestamp_micros(micros)
         )
     periods = latest_campaigns(campaigns).select(
-        "campaign_id",
-        _midnight(F.col("start_date"), time_zone).alias("label_start"),
-        _midnight(F.date_add("end_date", 1), time_zone).alias("label_end"),
+        "campaign_id", "start_date", _midnight(F.date_add("end_date", 1), time_zone).alias("label_end")
     )
-    return sends.join(F.broadcast(periods), "campaign_id", "left")
+    first_day = F.when(F.col("start_date").isNotNull(), F.greatest("start_date", "send_date"))
+    return sends.join(F.broadcast(periods), "campaign_id", "left").select(
+        *sends.columns, _midnight(first_day, time_zone).alias("label_start"), "label_end"
+    )
 
 
 def check_campaigns(sends: DataFrame, campaigns: DataFrame) -> None:
@@ -75,8 +87,8 @@ def attribute(
 
     Grain: one row per converted send; a send without proof in its window gives none.
     Rule: a redemption proves a send of the same user and campaign, an order one of the same user; its
-        time lies in the send's window. A proof delivered twice counts once; one order may prove the
-        sends of several campaigns.
+        time lies in the send's window. A proof delivered twice counts once (if its time changed, with
+        any of them); one order may prove the sends of several campaigns.
     Cost: one join by user, one shuffle by send.
     """
     key, time = PROOFS[config.source]
@@ -103,18 +115,13 @@ def attribute(
 
 
 def read_sends(spark: SparkSession, root_uri: str, send_dates: DateRange) -> DataFrame:
-    """Sends of a range of send dates, each ``send_id`` once: its first delivery.
+    """Sends of a range of send dates, each ``send_id`` once: its first delivery, of any send date.
 
     Raises:
         DataError: the table does not exist.
     """
-    rows = tables.read(spark, root_uri, "sends").where(tables.in_range("send_date", send_dates))
-    first = Window.partitionBy("send_id").orderBy("ingest_date")
-    return (
-        rows.withColumn("delivery_rank", F.row_number().over(first))
-        .where("delivery_rank = 1")
-        .drop("delivery_rank")
-    )
+    first = first_deliveries(tables.read(spark, root_uri, "sends"), "send_id")
+    return first.where(tables.in_range("send_date", send_dates))
 
 
 def read_proofs(

@@ -92,26 +92,24 @@ def as_of_time(day: str, time_zone: str) -> Column:
 
 
 def prepare_events(raw: DataFrame, terms: DataFrame, time_zone: str) -> DataFrame:
-    """Encode events, add ``known_date`` and partition by user, once for all that follows. Not cached."""
-    encoded = vocabulary.encode(raw, terms).withColumn("known_date", aggregates.known_date(time_zone))
+    """Encode events, add ``known_date`` and partition by user, once for all that follows. Not cached.
+
+    An event is known from the start of its ingest date at the earliest: the sender's ``ingest_time`` may be
+    of an earlier day, at whose end nobody could have read it yet.
+    """
+    delivered = F.greatest("ingest_time", as_of_time("ingest_date", time_zone))
+    encoded = vocabulary.encode(raw.withColumn("ingest_time", delivered), terms)
+    encoded = encoded.withColumn("known_date", aggregates.known_date(time_zone))
     kept = ["user_id", "event_id", "event_time", "ingest_time", "event_date", "known_date", "event_type"]
     kept += ["order_id", "item_id", "category_id", "price"]
     kept += ["discount_amount", "coupon_amount", "coupon_match_amount"]
     return encoded.select(*kept, *[f"{name}_index" for name in vocabulary.COLUMNS]).repartition("user_id")
 
 
-def first_deliveries(campaigns: DataFrame) -> DataFrame:
-    """One row per campaign: the first delivery wins, so that a past cut-off never changes."""
-    row = F.struct(*[name for name in campaigns.columns if name != "campaign_id"])
-    return (
-        campaigns.groupBy("campaign_id")
-        .agg(F.min_by(row, F.col("ingest_date")).alias("row"))
-        .select("campaign_id", "row.*")
-    )
-
-
 def read_inputs(spark: SparkSession, config: Config, last: date) -> Inputs:
     """Read what may be known by the start of business day ``last``, under the current vocabulary.
+
+    Campaigns, sends and redemptions that were delivered again count once, as they came first.
 
     Raises:
         DataError: a table is missing, or no vocabulary was published.
@@ -120,11 +118,15 @@ def read_inputs(spark: SparkSession, config: Config, last: date) -> Inputs:
     version = vocabulary.current(root_uri).version
     terms = vocabulary.load(spark, root_uri, version)
     raw = events.read_events(spark, root_uri, DateRange(last - timedelta(days=MAX_DAYS), last))
+
+    def read_first(table: str, key: str) -> DataFrame:
+        return conversions.first_deliveries(tables.read(spark, root_uri, table), key)
+
     return Inputs(
         events=prepare_events(raw, terms, config.lake.time_zone),
-        campaigns=first_deliveries(tables.read(spark, root_uri, "campaigns")),
-        sends=tables.read(spark, root_uri, "sends"),
-        redemptions=tables.read(spark, root_uri, "redemptions"),
+        campaigns=read_first("campaigns", "campaign_id"),
+        sends=read_first("sends", "send_id"),
+        redemptions=read_first("redemptions", "redemption_id"),
         users=tables.read(spark, root_uri, "users"),
         vocabulary=terms,
         vocabulary_version=version,

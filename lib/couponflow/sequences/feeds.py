@@ -64,7 +64,7 @@ def find_delivery(root_uri: str, feed: str, dates: DateRange, closed_days: tuple
     A daily feed must have at least one file (it may be empty) on every day that is not closed; other
     feeds deliver when something changed. Columns that are not declared are accepted and named. A required
     column that no sampled record of a file carries, or a column of which every sampled value has another
-    type, is drift. Cost: one listing per day, the first 64 KB per file.
+    type, is drift. Cost: one listing per day, the first 64 KB per file; Parquet files are read whole.
 
     Raises:
         DataError: a day is missing, a file is of an unknown kind, or a column is missing or retyped.
@@ -131,9 +131,13 @@ def _reader(
 # --- cleaning ----------------------------------------------------------------------------------------
 
 
+#: Why a row is refused. Not ``reason``: the consent feed delivers a column of that name.
+REFUSAL = "_refusal"
+
+
 @dataclass(frozen=True)
 class Cleaned:
-    """A classified delivery: every raw row once, with ``reason`` (null = valid) and ``is_duplicate``."""
+    """A classified delivery: every raw row once, with ``REFUSAL`` (null = valid) and ``is_duplicate``."""
 
     feed: str
     table: str
@@ -142,7 +146,7 @@ class Cleaned:
     @property
     def rows(self) -> DataFrame:
         """The valid rows, one per key, in the columns of the table."""
-        kept = self.classified.where(F.col("reason").isNull() & ~F.col("is_duplicate"))
+        kept = self.classified.where(F.col(REFUSAL).isNull() & ~F.col("is_duplicate"))
         return kept.select(*schemas.TABLES[self.table].column_names)
 
     @property
@@ -150,12 +154,12 @@ class Cleaned:
         """The refused rows as the ``quarantine`` table holds them: no delivered value."""
         names = [column.name for column in schemas.FEEDS[self.feed].columns]
         delivered = F.concat_ws(",", *[F.when(F.col(n).isNotNull(), F.lit(n)) for n in names])
-        return self.classified.where(F.col("reason").isNotNull()).select(
+        return self.classified.where(F.col(REFUSAL).isNotNull()).select(
             F.lit(self.feed).alias("feed"),
             "ingest_date",
             "source_file",
             "row_number",
-            "reason",
+            F.col(REFUSAL).alias("reason"),
             delivered.alias("redacted"),
         )
 
@@ -173,8 +177,8 @@ def with_duplicates(frame: DataFrame, key: tuple[str, ...], latest: tuple[str, .
     Cost: one sort; no shuffle when the rows are already partitioned by ``ingest_date``.
     """
     newest = [F.col(name).desc() for name in (*latest, "source_file", "row_number")]
-    copies = Window.partitionBy("ingest_date", F.col("reason").isNull(), *key).orderBy(*newest)
-    return frame.withColumn("is_duplicate", F.col("reason").isNull() & (F.row_number().over(copies) > 1))
+    copies = Window.partitionBy("ingest_date", F.col(REFUSAL).isNull(), *key).orderBy(*newest)
+    return frame.withColumn("is_duplicate", F.col(REFUSAL).isNull() & (F.row_number().over(copies) > 1))
 
 
 def clean_feed(raw: DataFrame, feed: str, time_zone: str) -> Cleaned:
@@ -202,7 +206,7 @@ def clean_feed(raw: DataFrame, feed: str, time_zone: str) -> Cleaned:
         checks.append(("bad_time", F.col("end_date") < F.col("start_date")))
     if feed == "consents":
         checks.append(("unknown_state", ~F.col("state").isin(*CONSENT_STATES)))
-    frame = raw.repartition("ingest_date").withColumn("reason", first_reason(checks))
+    frame = raw.repartition("ingest_date").withColumn(REFUSAL, first_reason(checks))
     if feed == "sends":
         local = F.from_utc_timestamp("delivered_time", time_zone)
         frame = frame.withColumn("send_date", F.to_date(local))
@@ -210,7 +214,11 @@ def clean_feed(raw: DataFrame, feed: str, time_zone: str) -> Cleaned:
     if "snapshot_date" in schemas.TABLES[feed].column_names:
         frame = frame.withColumn("snapshot_date", F.col("ingest_date"))
     own = tuple(name for name in key if name != "snapshot_date")
-    return Cleaned(feed, feed, with_duplicates(frame, own, ()))
+    # Of two consents the later change holds, and a denial before a grant of the same time.
+    latest = ("updated_time", "is_denied") if feed == "consents" else ()
+    if feed == "consents":
+        frame = frame.withColumn("is_denied", F.col("state") != "granted")
+    return Cleaned(feed, feed, with_duplicates(frame, own, latest))
 
 
 def publish(cleaned: Cleaned, root_uri: str, dates: DateRange, run_id: str) -> dict[str, int]:
@@ -224,8 +232,8 @@ def publish(cleaned: Cleaned, root_uri: str, dates: DateRange, run_id: str) -> d
     """
     classified = cleaned.classified.persist(StorageLevel.MEMORY_AND_DISK)
     try:
-        groups = classified.groupBy("reason", "is_duplicate").count().collect()
-        refused = {str(g["reason"]): int(g["count"]) for g in groups if g["reason"] is not None}
+        groups = classified.groupBy(REFUSAL, "is_duplicate").count().collect()
+        refused = {str(g[REFUSAL]): int(g["count"]) for g in groups if g[REFUSAL] is not None}
         duplicates = sum(int(g["count"]) for g in groups if g["is_duplicate"])
         raw_rows = sum(int(g["count"]) for g in groups)
         written = tables.overwrite(cleaned.rows, root_uri, cleaned.table, dates, run_id)

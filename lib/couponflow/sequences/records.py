@@ -3,6 +3,7 @@
 No Spark here: the functions run inside Spark's Python workers and in unit tests without a JVM.
 """
 
+import codecs
 import csv
 import hashlib
 import hmac
@@ -112,7 +113,7 @@ def check_drift(feed: str, file: RawFile) -> set[str]:
         head = storage.read_head(file.uri, SAMPLE_BYTES)
         complete = head if len(head) < SAMPLE_BYTES else head[: head.rfind(b"\n") + 1]
         samples = []
-        for record in _records(file.kind, complete):
+        for record in _records(file.kind, complete.removeprefix(codecs.BOM_UTF8)):
             if isinstance(record, dict):
                 samples.append(record)
             if len(samples) == SAMPLE_RECORDS:
@@ -159,10 +160,13 @@ def _kind_of(value: Any) -> str:
 def parse_file(file: RawFile, content: bytes, feed: str, key: PseudonymKey | None = None) -> pa.Table:
     """All records of one file: the feed's declared columns, then ``ORIGIN``.
 
-    A record that is no JSON object, or has a field of another type, is kept with that field null and
-    ``_corrupt`` true; an unreadable time is null and not corrupt; times without an offset are UTC.
+    A record that is no JSON object (or a CSV row with another number of cells than the header), or has a
+    field of another type, is kept with that field null and ``_corrupt`` true; an unreadable time is null and
+    not corrupt; times without an offset are UTC. A byte order mark is skipped. Of a repeated JSON key the
+    last value counts.
     """
     body = arrow_schema(schemas.FEEDS[feed].columns)
+    content = content if file.kind == "parquet" else content.removeprefix(codecs.BOM_UTF8)
     corrupt: list[bool] | None = None
     numbers: list[int] | None = None
     if file.kind == "parquet":
@@ -240,10 +244,7 @@ _BLANK = object()
 def _records(kind: str, content: bytes) -> Iterator[Any]:
     """Each line's record; ``_BLANK`` for an empty line, None for what is no record."""
     if kind == "csv":
-        reader = csv.DictReader(io.StringIO(content.decode("utf-8", errors="replace"), newline=""))
-        for row in reader:
-            # DictReader files surplus cells under None and absent ones as None.
-            yield None if None in row else {name: cell or None for name, cell in row.items()}
+        yield from _csv_records(content)
         return
     for line in content.split(b"\n"):
         if not line.strip():
@@ -253,6 +254,28 @@ def _records(kind: str, content: bytes) -> Iterator[Any]:
             yield json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError):
             yield None
+
+
+def _csv_records(content: bytes) -> Iterator[Any]:
+    """Each row by its header; None for what is no row: once per line that an open quote swallows."""
+    # Escaped bytes that are no UTF-8 fail as texts, so that two ids never become one by replacement.
+    lines = io.StringIO(content.decode("utf-8", errors="surrogateescape"), newline="")
+    reader = csv.reader(lines, strict=True)
+    header: list[str] | None = None
+    while True:
+        before = reader.line_num
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield from [None] * max(1, reader.line_num - before)
+            continue
+        if header is None:
+            header = row
+        elif row:
+            is_whole = len(row) == len(header) == len(set(header))
+            yield {name: cell or None for name, cell in zip(header, row, strict=True)} if is_whole else None
 
 
 def _coerce(value: Any, kind: pa.DataType, is_text: bool = False) -> Any:
@@ -306,7 +329,8 @@ def _parquet_table(file: RawFile, content: bytes) -> pa.Table:
     try:
         return pq.read_table(io.BytesIO(content))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file.uri}: not readable as Parquet ({error}); deliver the file again") from error
+        cause = str(error).splitlines()[0]
+        raise DataError(f"{file.uri}: not readable as Parquet ({cause}); deliver the file again") from error
 
 
 def _cast(file: RawFile, table: pa.Table, body: pa.Schema) -> pa.Table:

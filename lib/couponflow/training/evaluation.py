@@ -189,8 +189,9 @@ def judge(
     """Whether a challenger replaces the champion, with a reason for each condition.
 
     ``comparisons``: one per available cut-off, all of the same two models. Promotion needs: other scores
-    than the champion; a lower bound of the paired difference above 0 on every cut-off; expected over
-    observed conversions in ``RATIO_RANGE``; a calibration error not above the champion's.
+    than the champion; a lower bound of the paired difference above 0, and a difference that is testable, on
+    every cut-off; expected over observed conversions in ``RATIO_RANGE``; a calibration error not above the
+    champion's.
     """
     failures: list[str] = ["challenger and champion score every row alike"] if is_identical else []
     passed: list[str] = []
@@ -201,6 +202,8 @@ def judge(
             f"[{low:+.4f}, {high:+.4f}], minimum detectable {found.minimum_detectable:.4f}"
         )
         (passed if low > 0.0 else failures).append(text)
+        if low > 0.0 and not found.is_testable:
+            failures.append(f"cut-off {place}: a difference below the minimum detectable one is no claim")
     ratio = challenger_metrics["calibration_ratio"]
     text = f"expected over observed conversions {ratio:.3f}, allowed {RATIO_RANGE[0]} to {RATIO_RANGE[1]}"
     (passed if RATIO_RANGE[0] <= ratio <= RATIO_RANGE[1] else failures).append(text)

@@ -6,6 +6,8 @@ Importing this module brings neither torch nor Petastorm, so that the Spark side
 """
 
 import json
+import logging
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,15 +25,20 @@ from couponflow.training.launch import Workers
 if TYPE_CHECKING:
     from couponflow.models.batch import Batch
 
+log = logging.getLogger("couponflow")
+
 TABLE = "training_examples"
-#: Columns read for training, and those that evaluation reads beside them.
-COLUMNS = ("split", "history", "negatives", "target", "wide", "label")
-ID_COLUMNS = ("example_id", "user_id", "target_id")
+#: What every reader needs, what a network is trained on, and all that evaluation reads.
+WIDE_COLUMNS = ("split", "vocabulary_version", "wide", "label", "example_id")
+COLUMNS = ("split", "vocabulary_version", "history", "negatives", "target", "wide", "label")
+ALL_COLUMNS = (*COLUMNS, "example_id", "user_id", "target_id")
 _ARROW_TYPES = {"string": "string", "binary": "binary", "int": "int32"}
 #: Petastorm unpickles this metadata key: a dataset that carries it is refused unread.
 _UNISCHEMA = b"unischema"
 #: One reading thread: two deliver row groups in an order that differs from run to run.
 _WORKERS = 1
+#: A long pass says how far it is, or the launcher would take it for hung.
+_PROGRESS_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,13 @@ class Dataset:
 
 
 class Example(NamedTuple):
-    """One row as stored; ids are empty unless they were asked for."""
+    """One row as stored; what was not asked for is empty."""
 
-    history: bytes
-    negatives: bytes
-    target: bytes
     wide: bytes
     label: float
+    history: bytes = b""
+    negatives: bytes = b""
+    target: bytes = b""
     example_id: str = ""
     user_id: str = ""
     target_id: str = ""
@@ -199,8 +206,7 @@ class Feed:
         """
         if batch_size < workers.size:
             raise ConfigError(
-                f"training.batch_size = {batch_size} is below one row for each of "
-                f"{workers.size} ranks; raise it"
+                f"training.batch_size = {batch_size} is below one row per rank ({workers.size}); raise it"
             )
         check(dataset, split, workers.size)
         self._dataset, self._split, self._workers = dataset, split, workers
@@ -214,12 +220,13 @@ class Feed:
         Collective: all ranks iterate to the end.
 
         Raises:
-            DataError: a file cannot be read, or the rows of all ranks differ from the manifest; on all ranks.
+            DataError: a file cannot be read, its ids are not of the manifest's vocabulary, or the rows of all
+                ranks differ from the manifest; on all ranks.
         """
         from couponflow.models import batch
 
         rows = self._examples(number)
-        num_read = 0
+        num_read, reported = 0, time.monotonic()
         while True:
             held: list[Example] = []
             failure: CouponflowError | None = None
@@ -227,6 +234,11 @@ class Feed:
             try:
                 held = [row for _, row in zip(range(self._rows_per_step), rows, strict=False)]
                 made = decode(held) if held else batch.empty_batch(len(self._dataset.wide_features))
+                if beyond := batch.beyond_vocabulary(made, self._dataset.vocabulary_sizes):
+                    raise DataError(
+                        f"split {self._split}: {beyond[0]} id {beyond[1]} is beyond vocabulary "
+                        f"{self._dataset.vocabulary_version}; run build_examples again"
+                    )
             except CouponflowError as error:
                 failure = error  # raised below, after the other ranks know
             num_read += len(held)
@@ -237,46 +249,44 @@ class Feed:
                 raise DataError(f"split {self._split}: another rank cannot read its rows; see its message")
             if not step_rows or made is None:
                 break
+            if not self._workers.rank and time.monotonic() - reported > _PROGRESS_SECONDS:
+                reported = time.monotonic()
+                log.info("%s: %d of at most %d rows read", self._split, num_read, self.rows)
             yield made
         total = int(self._workers.allreduce_sum(num_read)[0])
         if total != self.rows:
-            raise DataError(
-                f"split {self._split} of {TABLE} version {self._dataset.table_version}: expected "
-                f"{self.rows} rows, read {total}; the files do not match the manifest, "
-                "run build_examples again"
-            )
+            raise _miscounted(self._dataset, self._split, total)
 
     def _examples(self, number: int) -> Iterator[Example]:
-        rows = _read(
-            self._dataset,
-            self._split,
-            COLUMNS,
-            shard=(self._workers.rank, self._workers.size),
-            seed=self._seed + number if self._shuffle_rows else None,
-        )
+        shard = (self._workers.rank, self._workers.size)
+        seed = self._seed + number if self._shuffle_rows else None
+        rows = _read(self._dataset, self._split, COLUMNS, shard, seed)
         if not self._shuffle_rows:
             return rows
         generator = np.random.default_rng([self._seed, number, self._workers.rank])
         return shuffled(rows, self._shuffle_rows, generator)
 
 
-def read_all(dataset: Dataset, split: str) -> list[Example]:
-    """Every row of a split with its ids, ordered by ``example_id``; for one process.
+def read_all(dataset: Dataset, split: str, columns: Sequence[str] = ALL_COLUMNS) -> list[Example]:
+    """Every row of a split, ordered by ``example_id``; for one process.
+
+    ``columns``: ``ALL_COLUMNS``, or ``WIDE_COLUMNS`` where histories would only fill the memory.
 
     Raises:
-        DataError: as ``check``, or rows that differ from the manifest.
+        DataError: as ``check``, or rows that differ from the manifest or its vocabulary.
     """
-    check(dataset, split, columns=(*COLUMNS, *ID_COLUMNS))
-    rows = sorted(
-        _read(dataset, split, (*COLUMNS, *ID_COLUMNS), shard=(0, 1), seed=None),
-        key=lambda row: row.example_id,
-    )
+    check(dataset, split, columns=columns)
+    rows = sorted(_read(dataset, split, columns, shard=(0, 1), seed=None), key=lambda row: row.example_id)
     if len(rows) != dataset.rows(split):
-        raise DataError(
-            f"split {split} of {TABLE} version {dataset.table_version}: expected {dataset.rows(split)} rows, "
-            f"read {len(rows)}; the files do not match the manifest, run build_examples again"
-        )
+        raise _miscounted(dataset, split, len(rows))
     return rows
+
+
+def _miscounted(dataset: Dataset, split: str, found: int) -> DataError:
+    return DataError(
+        f"split {split} of {TABLE} version {dataset.table_version}: expected {dataset.rows(split)} rows, "
+        f"read {found}; the files do not match the manifest, run build_examples again"
+    )
 
 
 def decode(rows: Sequence[Example]) -> "Batch":
@@ -321,7 +331,7 @@ def _read(
     rank, size = shard
     with warnings.catch_warnings():
         # Petastorm 0.12 stands on pyarrow's legacy dataset, deprecated there; the pin is deliberate.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="petastorm|pyarrow")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="petastorm|pyarrow|couponflow")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="petastorm")
         # It notes that "target" no longer matches "target_id", which is what we want.
         warnings.filterwarnings("ignore", message="schema_fields behavior has changed", module="petastorm")
@@ -341,31 +351,34 @@ def _read(
                 shard_count=size,
                 filesystem=_petastorm_filesystem(urls[0]),
             ) as reader:
-                missing = set(columns) - set(reader.schema.fields)
-                if missing:
+                if missing := ", ".join(sorted(set(columns) - set(reader.schema.fields))):
                     raise DataError(
-                        f"columns {', '.join(sorted(missing))} of {urls[0]} cannot be read by "
-                        "Petastorm; run build_examples again"
+                        f"Petastorm drops columns {missing} of {urls[0]}; run build_examples again"
                     )
                 for group in reader:
-                    yield from _rows_of(group, split, columns)
+                    yield from _rows_of(group, dataset, split, columns)
         except NoDataAvailableError as error:
             raise ConfigError(
                 f"split {split}: fewer row groups than {size} ranks; lower training.num_ranks"
             ) from error
         except (OSError, pa.ArrowException) as error:
             raise DataError(
-                f"{_damaged(dataset.files[split])} cannot be read ({error}); restore it or run "
-                "build_examples again"
+                f"{_damaged(dataset.files[split])} cannot be read ({error}); restore it or rebuild it"
             ) from error
 
 
-def _rows_of(group: Any, split: str, columns: Sequence[str]) -> Iterator[Example]:
-    """The rows of one row group that belong to the split."""
+def _rows_of(group: Any, dataset: Dataset, split: str, columns: Sequence[str]) -> Iterator[Example]:
+    """The rows of one row group that belong to the split; ids of another vocabulary mean other things."""
     values: dict[str, NDArray[Any]] = {name: getattr(group, name) for name in columns}
+    values["label"] = values["label"].astype(float)
+    names = [name for name in columns if name in Example._fields]
     for place in np.flatnonzero(values["split"] == split):
-        fields = {name: values[name][place] for name in columns if name != "split"}
-        yield Example(**(fields | {"label": float(fields["label"])}))
+        if (found := values["vocabulary_version"][place]) != dataset.vocabulary_version:
+            raise DataError(
+                f"{TABLE} version {dataset.table_version} mixes vocabularies {found} and "
+                f"{dataset.vocabulary_version}; run build_examples for all its dates with one"
+            )
+        yield Example(**{name: values[name][place] for name in names})
 
 
 def _damaged(files: Mapping[str, int]) -> str:
@@ -425,12 +438,6 @@ def _petastorm_filesystem(url: str) -> Any:
 
         def isfile(self, path: str) -> Any:
             return self.fs.isfile(path)
-
-        def exists(self, path: str) -> Any:
-            return self.fs.exists(path)
-
-        def stat(self, path: str) -> Any:
-            return self.fs.info(path)
 
         def walk(self, path: str) -> Iterator[tuple[str, set[str], set[str]]]:
             for root, folders, files in self.fs.walk(path):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("couponflow")
 
-#: Rows per rank that the warm start is fitted on; more would not change 35 coefficients.
+#: Rows over all ranks that the warm start is fitted on; more would not change 35 coefficients.
 _WARM_ROWS = 100_000
 _TRAIN, _VALID = "train", "valid"
 _BUNDLE, _RESULT, _CONFIG, _CHECKPOINT = "bundle", "result.json", "config.json", "best.pt"
@@ -164,7 +164,8 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
 class WideRows:
     """Aggregates of the training rows.
 
-    ``mean``, ``sd`` [F] and ``rate``: of all rows. ``wide`` [N,F], ``label`` [N]: of those that were held.
+    ``mean``, ``sd`` [F] and ``rate``: of all rows. ``wide`` [N,F], ``label`` [N]: of those that were held,
+    the first of each rank in its shuffled order.
     """
 
     mean: metrics.Floats
@@ -182,7 +183,7 @@ def wide_rows(train_feed: feed.Feed, workers: Workers) -> WideRows:
     for batch in train_feed.epoch():
         wide, label = batch.wide.double().numpy(), batch.label.double().numpy()
         total = total + np.concatenate([wide.sum(0), (wide**2).sum(0), [batch.size, label.sum()]])
-        if num_held < _WARM_ROWS:
+        if num_held < _WARM_ROWS / workers.size:
             held.append(np.column_stack([wide, label]))
             num_held += batch.size
     sums = workers.allreduce_sum(total)
@@ -198,7 +199,7 @@ def prepare(network: "Dien", rows: WideRows, config: Config) -> None:
     """Give the network its standardisation and its start: the base rate, or the logistic model.
 
     With ``training.warm_start`` the linear term of the aggregates and the last bias are those of the logistic
-    model of the same rows, so that the sequence part learns what the aggregates do not say.
+    model of the held rows, so that the sequence part learns what the aggregates do not say.
     """
     import torch
 
@@ -208,9 +209,11 @@ def prepare(network: "Dien", rows: WideRows, config: Config) -> None:
     network.set_base_rate(rows.rate)
     if config.training.warm_start and network.wide_linear is not None:
         model = baselines.fit_logistic(rows.wide, rows.label, config.training.logistic_c)
-        with torch.no_grad():
-            network.wide_linear.weight.copy_(torch.from_numpy(model.coef)[None])
-            network.last.bias.fill_(model.intercept)
+        # The model stands on the held rows' mean and sd, the network on those of all rows.
+        varies = (model.sd > 0.0) & (rows.sd > 0.0)
+        slope = np.divide(model.coef, model.sd, out=np.zeros_like(model.coef), where=varies)
+        intercept = model.intercept + float(slope @ (rows.mean - model.mean))
+        network.set_wide_linear(torch.from_numpy(slope * rows.sd).float(), intercept)
 
 
 def fit_logistic(config: Config, dataset: feed.Dataset) -> "Bundle":
@@ -219,12 +222,12 @@ def fit_logistic(config: Config, dataset: feed.Dataset) -> "Bundle":
     from couponflow.models.calibration import fit_platt
     from couponflow.training import baselines
 
-    rows = feed.read_all(dataset, _TRAIN)
+    rows = feed.read_all(dataset, _TRAIN, feed.WIDE_COLUMNS)
     wide = np.concatenate([batch.wide.numpy() for batch in feed.batches(rows)])
     label = np.array([row.label for row in rows])
     model = baselines.fit_logistic(wide, label, config.training.logistic_c)
     bundle = Bundle(model, dataset.vocabulary_version, dataset.vocabulary_sizes, dataset.wide_features)
-    held = feed.read_all(dataset, _VALID)
+    held = feed.read_all(dataset, _VALID, feed.WIDE_COLUMNS)
     logit, label = score_rows(bundle, held), np.array([row.label for row in held])
     curves = {"epochs": [], "num_ranks": 1, "valid": _valid_metrics(logit, label)}
     return replace(bundle, calibrator=fit_platt(logit, label), metrics=curves)

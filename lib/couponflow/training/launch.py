@@ -9,11 +9,14 @@ import logging
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -152,7 +155,8 @@ def run(
     """Start the ranks, pass their lines on, and raise what stopped them.
 
     ``folder`` is where ranks leave their error (``run_rank``); it must exist. The group is killed, the
-    stopped processes in it too, when nothing is printed for ``silence_seconds`` or this call is left early.
+    stopped processes in it too, when nothing is printed for ``silence_seconds``, when this call is left early
+    or when this process is asked to end (SIGTERM).
 
     Raises:
         ConfigError, DataError, ConflictError, InfraError: the error of the first rank that named one;
@@ -181,8 +185,9 @@ def run(
     assert process.stdout is not None  # a pipe was asked for
     tail: deque[str] = deque(maxlen=20)
     try:
-        _follow(process.stdout, tail, silence_seconds)
-        code = process.wait(timeout=_KILL_SECONDS)
+        with _ended_by_sigterm():
+            _follow(process.stdout, tail, silence_seconds)
+            code = process.wait(timeout=_KILL_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise InfraError(
             f"ranks closed their output but did not end within {_KILL_SECONDS:.0f} s; run again"
@@ -190,7 +195,6 @@ def run(
     finally:
         if process.poll() is None:
             _kill(process)
-        process.stdout.close()
     if code:
         raise _rank_error(folder) or InfraError(
             f"{num_ranks} ranks ended with code {code} and no error of ours; last lines: "
@@ -200,25 +204,57 @@ def run(
 
 
 def run_rank(folder: Path, work: Callable[[Workers], None]) -> None:
-    """Run ``work`` as one rank; its error goes to a file for the launcher, its exit code to the caller."""
+    """Run ``work`` as one rank; its error goes to a file for the launcher, its exit code to the caller.
+
+    An error that is not ours, such as Horovod's when a peer is gone, counts as ``InfraError``; its traceback
+    goes to a file beside.
+    """
     workers = connect()
     try:
         work(workers)
-    except CouponflowError as error:
-        note = {"class": type(error).__name__, "message": str(error)}
-        (folder / f"error-{workers.rank}.json").write_text(json.dumps(note), encoding="utf-8")
-        raise SystemExit(error.exit_code) from error
+    except Exception as error:
+        ours = error if isinstance(error, CouponflowError) else _foreign(error, folder, workers.rank)
+        note = {"class": type(ours).__name__, "message": str(ours)}
+        partial = folder / f"{workers.rank}.partial"
+        partial.write_text(json.dumps(note), encoding="utf-8")
+        partial.replace(folder / f"error-{workers.rank}.json")  # whole: the launcher may kill this rank now
+        raise SystemExit(ours.exit_code) from error
+
+
+def _foreign(error: Exception, folder: Path, rank: int) -> InfraError:
+    path = folder / f"traceback-{rank}.txt"
+    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    text = str(error).strip().partition("\n")[0]
+    return InfraError(f"{type(error).__name__}: {text}; run again, or see {path}")
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exit that runs clean-up: ranks have sessions of their own and would live on."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there may a handler be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that Python cannot restore
 
 
 def _rank_error(folder: Path) -> CouponflowError | None:
-    notes = [
-        (int(path.stem.removeprefix("error-")), json.loads(path.read_text(encoding="utf-8")))
-        for path in folder.glob("error-*.json")
-    ]
+    notes = []
+    for path in folder.glob("error-*.json"):
+        note = json.loads(path.read_text(encoding="utf-8"))
+        # A rank that saw the cause outranks one that only lost its peer; of those the first counts.
+        failed_at = path.stat().st_mtime_ns if note["class"] == "InfraError" else 0
+        notes.append((failed_at, int(path.stem.removeprefix("error-")), note))
     if not notes:
         return None
-    # A rank that saw the cause outranks one that only lost its peer.
-    rank, note = min(notes, key=lambda pair: (pair[1]["class"] == "InfraError", pair[0]))
+    _, rank, note = min(notes, key=lambda found: found[:2])
     return _ERRORS.get(note["class"], InfraError)(f"rank {rank}: {note['message']}")
 
 
@@ -231,8 +267,9 @@ def _follow(stream: IO[str], tail: deque[str], silence_seconds: float) -> None:
     lines: queue.Queue[str | None] = queue.Queue()
 
     def pump() -> None:
-        for line in stream:
-            lines.put(line.rstrip())
+        with stream:  # closed here: a close elsewhere would wait for this thread's read
+            for line in stream:
+                lines.put(line.rstrip())
         lines.put(None)
 
     threading.Thread(target=pump, daemon=True).start()

@@ -67,8 +67,9 @@ def resolve(root_uri: str, name: str) -> str:
 
 def pointed(root_uri: str, name: str) -> dict[str, Any] | None:
     """What ``champion`` or a kind points to (model_version, kind, run_id, reason, previous), or None."""
-    held = _held(_pointer_uri(root_uri, name))
-    return None if held is None else dict(json.loads(held))
+    uri = _pointer_uri(root_uri, name)
+    held = _held(uri)
+    return None if held is None else _tree(uri, held)
 
 
 def fetch(root_uri: str, model_version: str, folder: Path) -> Path:
@@ -112,7 +113,7 @@ def roll_back(root_uri: str, run_id: str, reason: str) -> str:
     """
     uri = _pointer_uri(root_uri, CHAMPION)
     held = _held(uri)
-    previous = json.loads(held)["previous"] if held else []
+    previous = [] if held is None else _tree(uri, held)["previous"]
     if not previous:
         raise DataError(f"{root_uri} has no champion before the present one; promote a version instead")
     version = resolve(root_uri, previous[-1])
@@ -124,7 +125,7 @@ def _move(root_uri: str, name: str, version: str, run_id: str, reason: str) -> N
     """Point a name at a version, unless it already points there."""
     uri = _pointer_uri(root_uri, name)
     held = _held(uri)
-    before = json.loads(held) if held else None
+    before = None if held is None else _tree(uri, held)
     if before is not None and before["model_version"] == version:
         return
     previous = [*before["previous"], before["model_version"]] if before else []
@@ -149,6 +150,17 @@ def _pointer_uri(root_uri: str, name: str) -> str:
 
 def _held(uri: str) -> bytes | None:
     return storage.read_bytes(uri) if storage.exists(uri) else None
+
+
+def _tree(uri: str, held: bytes) -> dict[str, Any]:
+    try:
+        tree = dict(json.loads(held))
+        tree["previous"], tree["model_version"]  # what every reader asks for
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{uri} is no model pointer ({error!r}); restore it, or delete it and promote a version"
+        ) from error
+    return tree
 
 
 def _folder_uri(root_uri: str, version: str) -> str:

@@ -29,8 +29,6 @@ from couponflow.training.launch import Workers
 
 log = logging.getLogger("couponflow")
 
-_PROGRESS_SECONDS = 30.0
-
 
 class Output(Protocol):
     """What a network returns for a batch; ``models.dien.Output`` is one."""
@@ -96,7 +94,8 @@ def fit(
     repeats bit for bit for one rank and one thread; with it too, given the seed.
 
     Raises:
-        DataError: a loss or gradient is not finite on any rank; raised on all ranks before the step.
+        DataError: a loss or gradient is not finite on any rank; raised on all ranks before the step. Or there
+            are no validation rows, or one has no finite score.
     """
     workers.broadcast_state(network.state_dict())
     torch.manual_seed(config.seed * 1_000_003 + workers.rank)  # dropout differs between ranks
@@ -106,10 +105,14 @@ def fit(
     start = time.monotonic()
     for number in range(1, config.max_epochs + 1):
         train_loss, auxiliary_loss, rows = _train_epoch(
-            network, train(number), optimiser, config, auxiliary_weight, workers, number
+            network, train(number), optimiser, config, auxiliary_weight, workers
         )
-        average_statistics(network, workers)
         logit, label = score(network, valid(), workers)
+        if not logit.size or not np.isfinite(logit).all():  # gathered, so all ranks see it
+            raise DataError(
+                f"epoch {number}: {logit.size} validation rows, {np.isfinite(logit).sum()} of them with a "
+                "finite score; check the valid split or lower training.learning_rate"
+            )
         epoch = Epoch(
             number, train_loss, auxiliary_loss, metrics.log_loss(logit, label), metrics.auc(logit, label)
         )
@@ -213,20 +216,22 @@ def score(
     return workers.gather(np.concatenate(logits)), workers.gather(np.concatenate(labels))
 
 
-def average_statistics(network: nn.Module, workers: Workers) -> None:
-    """Give every rank the mean running statistics, so that what is saved is not rank 0's alone.
+def average_statistics(network: nn.Module, workers: Workers, num_rows: int) -> None:
+    """Give every rank the running statistics of all, so that what is saved is not rank 0's alone.
 
-    The variance of the mixture is mean(var + mean^2) - mean(mean)^2.
+    A rank counts by its rows of the epoch, ``num_rows``: one without data has learnt nothing. The variance of
+    the mixture is mean(var + mean^2) - mean(mean)^2. Collective.
     """
     if workers.size == 1:
         return
+    share = num_rows * workers.size / workers.allreduce_sum(num_rows)[0]
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         mean, variance = norm.running_mean, norm.running_var
         if mean is None or variance is None:
             continue
         moments = torch.stack([mean, variance + mean**2]).double()
-        mixed = workers.average(moments)
+        mixed = workers.average(moments * share)
         mean.copy_(mixed[0])
         variance.copy_((mixed[1] - mixed[0] ** 2).clamp_min(0.0))
 
@@ -238,24 +243,23 @@ def _train_epoch(
     config: TrainingConfig,
     auxiliary_weight: float,
     workers: Workers,
-    number: int,
 ) -> tuple[float, float, int]:
-    """One pass; returns global mean label loss, global mean auxiliary loss and the rows of all ranks."""
+    """One pass, running statistics shared at its end.
+
+    Returns the global mean label loss, the global mean auxiliary loss and the rows of all ranks.
+    """
     network.train()
     totals = np.zeros(4)
     rows = 0
-    reported = time.monotonic()
-    for step, batch in enumerate(batches, start=1):
+    for batch in batches:
         totals += backward(network, batch, auxiliary_weight, workers)
         nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
         optimiser.step()
         rows += batch.size
-        if workers.rank == 0 and time.monotonic() - reported > _PROGRESS_SECONDS:
-            reported = time.monotonic()
-            log.info("epoch %d: step %d", number, step)
     num_rows = int(workers.allreduce_sum(rows)[0])
     if not num_rows:
         raise DataError("training rows: none were fed; widen the dates of the train split")
+    average_statistics(network, workers, rows)
     loss = totals[0] / totals[1] if totals[1] else float("nan")
     auxiliary = totals[2] / totals[3] if totals[3] else 0.0
     return float(loss), float(auxiliary), num_rows
