@@ -228,12 +228,13 @@ class _Recurrence(torch.autograd.Function):
         gates = pre_NG.new_empty(num_steps, 2 * hidden)
         weight_HG = weight_GH.t()
         state = pre_NG.new_zeros(sizes[0] if sizes else 0, hidden)
+        buffer = pre_NG.new_empty(len(state), 3 * hidden)  # one for all steps: a fresh one costs page faults
         start = 0
         for size in sizes:
             now = slice(start, start + size)
             start += size
             state = state[:size]
-            projected = state @ weight_HG
+            projected = torch.mm(state, weight_HG, out=buffer[:size])
             torch.add(pre_NG[now, : 2 * hidden], projected[:, : 2 * hidden], out=gates[now]).sigmoid_()
             torch.add(projected[:, 2 * hidden :], bias_H, out=inner[now])
             u, r = gates[now, :hidden], gates[now, hidden:]
@@ -252,6 +253,7 @@ class _Recurrence(torch.autograd.Function):
         grad_pre = states.new_empty(len(states), 3 * hidden)
         grad_a = None if attention_N1 is None else torch.empty_like(attention_N1)
         grad_weight, grad_bias = torch.zeros_like(weight_GH), states.new_zeros(hidden)
+        buffer = states.new_empty(sizes[0] if sizes else 0, 3 * hidden)  # of U h + b', blocks u, r, c
         end, carried = len(states), None
         for step in range(len(sizes) - 1, -1, -1):
             size = sizes[step]
@@ -263,12 +265,14 @@ class _Recurrence(torch.autograd.Function):
             w = _write_weight(ctx.cell, u, a)
             by_u, by_a = _write_slopes(ctx.cell, u, a)
             d = gradients[0][now]
-            if carried is not None:
+            if carried is not None and len(carried) == size:
+                d = d + carried
+            elif carried is not None:
                 d = d.clone()
                 d[: len(carried)] += carried
             by_weight = d * (c - before)
             g_c = _tanh_backward(d * w, c)
-            projected = d.new_empty(size, 3 * hidden)  # gradient of U h + b', blocks u, r, c
+            projected = buffer[:size]
             projected[:, :hidden] = _sigmoid_backward(by_weight * by_u, u)
             projected[:, hidden : 2 * hidden] = _sigmoid_backward(g_c * inner[now], r)
             torch.mul(g_c, r, out=projected[:, 2 * hidden :])
