@@ -4,8 +4,8 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from bench.run import Claim, ratio
-from couponflow.config import SparkConfig
 from couponflow.lake import layouts, tables
+from couponflow.sections import SparkConfig
 from couponflow.sequences import histories
 
 NUM_EVENTS, NUM_USERS, LENGTH, RUNS = 1_000_000, 20_000, 100, 3

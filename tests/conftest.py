@@ -12,8 +12,8 @@ from couponflow.config import Config
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     """The one local Spark session: UTC, Delta, the heap of the main job."""
-    from couponflow.config import SparkConfig
     from couponflow.lake import tables
+    from couponflow.sections import SparkConfig
 
     session = tables.spark_session(SparkConfig(), "tests")
     yield session

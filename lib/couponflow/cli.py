@@ -15,7 +15,7 @@ from couponflow.config import Config, load_config
 from couponflow.dates import DateRange, parse_day
 from couponflow.entry import Campaign, ConfigPath, Dates, Model, Overrides, record_run, set_up_logging
 from couponflow.errors import ConfigError, CouponflowError
-from couponflow.lake import runs, schemas, storage
+from couponflow.lake import contracts, runs, storage
 
 DEFAULT_CONFIG = Path("deploy/env/local.toml")
 
@@ -187,7 +187,7 @@ def check(
     with _errors_as_exit_codes():
         if not contract:
             raise ConfigError("nothing to check; give --contract")
-        for feed in schemas.FEEDS.values():
+        for feed in contracts.FEEDS.values():
             cadence = "every day" if feed.daily else "when something changed"
             console.show_rows(
                 f"{feed.name}: raw/{feed.name}/ingest_date=D/*.jsonl, {cadence}",

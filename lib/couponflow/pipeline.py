@@ -115,7 +115,7 @@ def plan(config: Config) -> list[Stage]:
             data,
             ("lake", "events"),
             ("land",),
-            ("orders", "sends", "campaigns", "redemptions", "consents", "users", "catalogue"),
+            ("orders", "sends", "campaigns", "redemptions", "consents", "users", "catalogue", "costs"),
         ),
         Stage("sessionize", data, ("lake", "sessions"), ("clean_events",), ("session_segments", "sessions")),
         Stage("attribute_conversions", as_ofs, ("lake", "conversions"), ("clean_feeds",), ("conversions",)),

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from couponflow.config import TrainingConfig
 from couponflow.errors import DataError
 from couponflow.lake import layouts, runs
 from couponflow.models.batch import Batch, empty_batch, random_batch
+from couponflow.sections import TrainingConfig
 from couponflow.training import feed, launch, registry, trainer
 
 SIZES = {"item": 40, "category": 12, "shop": 6, "event_type": 9}

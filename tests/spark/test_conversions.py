@@ -7,10 +7,10 @@ import pytest
 from builders import make_frame, make_row
 from pyspark.sql import SparkSession
 
-from couponflow.config import ConversionsConfig
 from couponflow.dates import DateRange
 from couponflow.errors import DataError
 from couponflow.lake import tables
+from couponflow.sections import ConversionsConfig
 from couponflow.sequences import conversions
 
 ZONE = "America/New_York"

@@ -8,9 +8,9 @@ from builders import D0, make_frame, make_row
 from pyspark.sql import DataFrame, SparkSession
 
 from couponflow.campaign import eligibility
-from couponflow.config import SelectionConfig
 from couponflow.dates import day_start, local_day
 from couponflow.errors import ConflictError, DataError
+from couponflow.sections import SelectionConfig
 
 ZONE = "America/New_York"
 SECTION = SelectionConfig(max_sends=2, cap_days=7)

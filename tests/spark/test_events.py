@@ -11,11 +11,12 @@ from builders import make_event, make_frame, test_config
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.config import Config, EventsConfig, QuarantineRule
+from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import schemas, tables
+from couponflow.lake import contracts, tables
+from couponflow.sections import EventsConfig, QuarantineRule
 from couponflow.sequences import events, feeds
 from jobs import clean_events
 
@@ -31,7 +32,7 @@ def record(event_id: str, **over: Any) -> dict[str, Any]:
 
 def land(root_uri: str, rows: list[Any], day: date = DAY, name: str = "a.jsonl") -> None:
     """Deliver rows; declared columns that a record leaves out are null."""
-    unknown = {column.name: None for column in schemas.FEEDS["events"].columns}
+    unknown = {column.name: None for column in contracts.FEEDS["events"].columns}
     rows = [unknown | row if isinstance(row, dict) else row for row in rows]
     folder = Path(root_uri) / "raw" / "events" / f"ingest_date={day}"
     folder.mkdir(parents=True, exist_ok=True)

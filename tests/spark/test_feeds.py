@@ -12,7 +12,7 @@ from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
 from couponflow.errors import DataError
-from couponflow.lake import schemas, tables
+from couponflow.lake import contracts, tables
 from jobs import clean_feeds
 
 DAYS = DateRange.parse("2024-01-10:2024-01-11")
@@ -27,7 +27,7 @@ CAMPAIGN |= {"coupons": [{"coupon_id": "k", "category_id": "c1", "item_ids": ["i
 
 def land(root_uri: str, feed: str, rows: list[Any], day: str = "2024-01-10", name: str = "a.jsonl") -> None:
     """Deliver rows; declared columns that a record leaves out are null."""
-    unknown = {column.name: None for column in schemas.FEEDS[feed].columns}
+    unknown = {column.name: None for column in contracts.FEEDS[feed].columns}
     rows = [unknown | row if isinstance(row, dict) else row for row in rows]
     folder = Path(root_uri) / "raw" / feed / f"ingest_date={day}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def test_feeds_land_in_their_tables_with_reasons_and_counts(spark: SparkSession,
     assert sends["s2", 10]["send_date"] == date(2023, 11, 5)  # 00:30 EDT
     assert (job.rows["sends_raw_rows"], job.rows["sends"], job.rows["sends_duplicates"]) == (7, 3, 2)
     landed = {"sends": 7, "orders": 2, "campaigns": 2, "consents": 4, "users": 1}
-    for feed in set(schemas.FEEDS) - {"events"}:
+    for feed in set(contracts.FEEDS) - {"events"}:
         raw, *parts = (job.rows[f"{feed}{part}"] for part in ("_raw_rows", "", "_duplicates", "_quarantine"))
         assert raw == sum(parts) == landed.get(feed, 0), feed
     refused = tables.read(spark, root, "quarantine").collect()

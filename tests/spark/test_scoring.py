@@ -15,13 +15,13 @@ from builders import D0, make_frame, make_row
 from pyspark.sql import DataFrame, SparkSession
 
 from couponflow.campaign import scoring
-from couponflow.config import ModelConfig, ScoringConfig
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import layouts, schemas, storage
 from couponflow.models.batch import RANDOM_SIZES, decode
 from couponflow.models.bundle import Bundle, save_bundle
 from couponflow.models.calibration import Calibrator
 from couponflow.models.dien import Dien
+from couponflow.sections import ModelConfig, ScoringConfig
 
 SECTION = ScoringConfig(arrow_batch_rows=16, chunk_rows=7)
 NUM_WIDE = len(layouts.WIDE_FEATURES)

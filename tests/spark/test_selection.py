@@ -14,11 +14,12 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
 from couponflow.campaign import assignment, eligibility, export, selection
-from couponflow.config import Config, SelectionConfig
+from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import storage, tables
+from couponflow.sections import SelectionConfig
 from jobs import export_audience, select_audience
 
 SNAPSHOT = eligibility.Snapshot(D0, "constructed", 1)

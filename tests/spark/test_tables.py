@@ -14,10 +14,10 @@ from pyspark.sql import DataFrameWriter, SparkSession
 from pyspark.sql import functions as F
 
 from couponflow import pipeline
-from couponflow.config import SparkConfig
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import schemas, tables
+from couponflow.sections import SparkConfig
 
 TWO_DAYS = DateRange(D0, D0 + timedelta(days=2))
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from couponflow.config import ModelConfig
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import layouts
 from couponflow.models.batch import RANDOM_SIZES, random_batch
 from couponflow.models.bundle import Blend, Bundle, Logistic, load_bundle, save_bundle
 from couponflow.models.calibration import Calibrator
 from couponflow.models.dien import Dien
+from couponflow.sections import ModelConfig
 
 NUM_WIDE = len(layouts.WIDE_FEATURES)
 SMALL = ModelConfig(

@@ -16,7 +16,7 @@ from builders import test_config
 
 from couponflow.config import Config
 from couponflow.errors import ConflictError, DataError, InfraError
-from couponflow.lake import schemas
+from couponflow.lake import contracts
 from couponflow.sources import completejourney, landing
 
 DUST = 5.551115123125783e-17
@@ -162,7 +162,7 @@ def test_an_event_carries_the_receipt_line(tmp_path: Path) -> None:
         "device": None,
         "channel": "store",
     }
-    assert list(second) == [column.name for column in schemas.FEEDS["events"].columns]
+    assert list(second) == [column.name for column in contracts.FEEDS["events"].columns]
 
 
 def test_defects_are_landed_as_found(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from couponflow.config import ModelConfig
 from couponflow.errors import ConfigError
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
 from couponflow.models.dien import Dien, Output
 from couponflow.models.layers import Cell
+from couponflow.sections import ModelConfig
 
 CELLS: tuple[Cell, ...] = get_args(Cell)
 NUM_WIDE = 5

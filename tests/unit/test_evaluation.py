@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from couponflow.config import EvaluationConfig
 from couponflow.errors import DataError
+from couponflow.sections import EvaluationConfig
 from couponflow.training import evaluation, metrics
 from couponflow.training.evaluation import Comparison, LabelledRows, ScoredModel
 

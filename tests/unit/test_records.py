@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from couponflow.config import EventsConfig
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import schemas
+from couponflow.lake import contracts
+from couponflow.sections import EventsConfig
 from couponflow.sequences import feeds, records
 
 DAY = date(2024, 1, 10)
@@ -260,5 +260,5 @@ def test_an_unknown_kind_of_file_stops(tmp_path: Path) -> None:
 
 
 def test_every_feed_has_arrow_types() -> None:
-    for feed in schemas.FEEDS.values():
+    for feed in contracts.FEEDS.values():
         assert records.arrow_schema(feed.columns).names == [column.name for column in feed.columns]

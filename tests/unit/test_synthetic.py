@@ -14,7 +14,7 @@ from builders import test_config
 
 from couponflow.config import Config
 from couponflow.errors import ConfigError, ConflictError
-from couponflow.lake import layouts, schemas
+from couponflow.lake import contracts, layouts
 from couponflow.sources import synthetic
 from couponflow.sources.synthetic_world import draw_world
 
@@ -147,13 +147,13 @@ def test_lines_are_conserved_and_ids_unique_without_copies(shop: Shop) -> None:
     ids = [row["event_id"] for (_, kind), rows in shop.kinds.items() if kind not in copies for row in rows]
     assert len(ids) == len(set(ids))
     for row in events[:50]:
-        assert list(row) == [column.name for column in schemas.FEEDS["events"].columns]
+        assert list(row) == [column.name for column in contracts.FEEDS["events"].columns]
 
 
 def test_every_feed_is_landed_and_daily_feeds_every_day(shop: Shop) -> None:
-    assert set(shop.feeds) == set(schemas.FEEDS)
+    assert set(shop.feeds) == set(contracts.FEEDS)
     days = [str(FIRST + timedelta(days=n)) for n in range(45)]
-    for name, feed in schemas.FEEDS.items():
+    for name, feed in contracts.FEEDS.items():
         if feed.daily:
             assert list(shop.feeds[name]) == days
         required = [column.name for column in feed.columns if not column.nullable]

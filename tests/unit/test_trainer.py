@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from couponflow.config import ModelConfig, TrainingConfig
 from couponflow.errors import DataError
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
 from couponflow.models.dien import Dien
+from couponflow.sections import ModelConfig, TrainingConfig
 from couponflow.training import trainer
 from couponflow.training.launch import Workers
 

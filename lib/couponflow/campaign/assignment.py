@@ -13,7 +13,7 @@ from typing import Any
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.config import SelectionConfig
+from couponflow.sections import SelectionConfig
 
 TREAT, CONTROL, HOLDOUT, NONE = "treat", "control", "holdout", "none"
 ARMS = (TREAT, CONTROL, HOLDOUT, NONE)

@@ -11,9 +11,9 @@ from datetime import date, timedelta
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.config import SelectionConfig
 from couponflow.dates import day_start
 from couponflow.errors import ConflictError, DataError
+from couponflow.sections import SelectionConfig
 
 #: Suppressions that the consent source names; any other refusal is ``consent_denied``.
 SUPPRESSIONS = ("unsubscribe", "bounce", "complaint", "legal")

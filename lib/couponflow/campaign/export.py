@@ -22,9 +22,9 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from couponflow.campaign import assignment, eligibility
-from couponflow.config import SelectionConfig
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import runs, storage
+from couponflow.sections import SelectionConfig
 
 EXPORT_SCHEMA_VERSION = 1
 COLUMNS = ("user_id", "campaign_id", "version", "coupon_id", "rank")

@@ -14,7 +14,7 @@ from pyspark.sql import functions as F
 from couponflow.campaign import charts, formats, report
 from couponflow.config import Config
 from couponflow.dates import DateRange
-from couponflow.lake import runs, schemas, storage, tables
+from couponflow.lake import contracts, runs, storage, tables
 
 NUM_BINS = 40
 DATA_NOTES = {
@@ -205,7 +205,7 @@ def conservation(config: Config, records: Records) -> list[dict[str, Any]]:
             _rows(records, "clean_feeds", f"{feed}_quarantine") or 0,
             _rows(records, "clean_feeds", f"{feed}_duplicates") or 0,
         )
-        for feed in schemas.FEEDS
+        for feed in contracts.FEEDS
     ]
     built = records["build_examples"].facts if "build_examples" in records else {}
     left_out = built.get("left_out", {})

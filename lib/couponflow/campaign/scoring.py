@@ -27,9 +27,9 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.config import ScoringConfig
 from couponflow.errors import ConfigError, CouponflowError, DataError, InfraError
 from couponflow.lake import layouts, schemas, storage, tables
+from couponflow.sections import ScoringConfig
 
 if TYPE_CHECKING:
     from couponflow.models.bundle import Bundle

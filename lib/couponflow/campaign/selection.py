@@ -15,9 +15,9 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from couponflow.campaign import assignment, eligibility
-from couponflow.config import SelectionConfig
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import tables
+from couponflow.sections import SelectionConfig
 
 MICRO = 1_000_000
 MAX_AMOUNT = 1_000_000_000_000  # in micro-units still far inside a bigint

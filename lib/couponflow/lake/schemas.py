@@ -1,4 +1,4 @@
-"""Every table and raw feed as plain-Python declarations: grain, key, partition, columns with units.
+"""Every table as a plain-Python declaration: grain, key, partition, columns with units.
 
 No Spark here: ``tables`` turns a declaration into Spark types and checks every write against it.
 """
@@ -53,9 +53,10 @@ _LENGTH = _required("length", "int", "events in history")
 
 COUPON_TYPE = "array<struct<coupon_id:string,category_id:string,item_ids:array<string>>>"
 
-_EVENT_COLUMNS = (
+EVENT_COLUMNS = (
     _required("event_id", "string", "id from content; its order carries no meaning"),
-    _USER,
+    _required("user_id", "string", "pseudonymous user id; visitor:<visitor_id> while nobody is logged in"),
+    Column("visitor_id", "string", "pseudonymous cookie id"),
     _required("event_type", "string", "one of " + ", ".join(layouts.EVENT_TYPES)),
     _required("event_time", "timestamp", "when it happened, UTC"),
     _required("ingest_time", "timestamp", "when it was delivered, UTC"),
@@ -70,6 +71,7 @@ _EVENT_COLUMNS = (
     Column("coupon_match_amount", "double", "coupon match by the shop, configured currency"),
     Column("device", "string", "device class"),
     Column("channel", "string", "site, app, store or mail"),
+    Column("is_automated", "boolean", "the user agent matches events.bot_agents"),
 )
 
 TABLES: dict[str, Table] = {
@@ -81,7 +83,7 @@ TABLES: dict[str, Table] = {
             ("event_id", "ingest_date"),
             "ingest_date",
             ("event_date", "ingest_date"),
-            (*_EVENT_COLUMNS, _required("event_date", "date", "business day of event_time"), _INGEST_DATE),
+            (*EVENT_COLUMNS, _required("event_date", "date", "business day of event_time"), _INGEST_DATE),
             ("event_time",),
         ),
         Table(
@@ -164,6 +166,8 @@ TABLES: dict[str, Table] = {
                 _required("order_time", "timestamp", "when it was placed, UTC"),
                 _required("total_amount", "double", "money paid, configured currency"),
                 Column("shop_id", "string", "store"),
+                Column("order_status", "string", "placed, cancelled or returned; null = placed"),
+                Column("status_time", "timestamp", "when it was cancelled or returned, UTC"),
                 _INGEST_DATE,
             ),
         ),
@@ -263,6 +267,33 @@ TABLES: dict[str, Table] = {
                 Column("item_type", "string", "type inside the category"),
                 Column("brand", "string", "brand"),
                 _required("snapshot_date", "date", "business day of the snapshot"),
+            ),
+        ),
+        Table(
+            "costs",
+            "cost of a campaign on a day, by kind",
+            ("campaign_id", "cost_date", "cost_type"),
+            "ingest_date",
+            ("ingest_date",),
+            (
+                _required("campaign_id", "string", "campaign"),
+                _required("cost_date", "date", "business day on which the cost arose"),
+                _required("cost_type", "string", "mail, redemption, creative or other"),
+                _required("cost_amount", "double", "money, configured currency"),
+                _INGEST_DATE,
+            ),
+        ),
+        Table(
+            "identity_links",
+            "visitor first seen with a user on an ingest date",
+            ("visitor_id", "user_id", "ingest_date"),
+            "ingest_date",
+            ("ingest_date",),
+            (
+                _required("visitor_id", "string", "pseudonymous cookie id"),
+                _USER,
+                _required("linked_time", "timestamp", "earliest ingest_time of an event naming both, UTC"),
+                _INGEST_DATE,
             ),
         ),
         Table(
@@ -424,37 +455,5 @@ TABLES: dict[str, Table] = {
                 _required("expected", "string", "what would be ok"),
             ),
         ),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Feed:
-    """One raw feed, landed as ``raw/<name>/ingest_date=D/*.jsonl``; times are ISO-8601 UTC text.
-
-    ``table`` is where its clean rows go; ``columns`` are the delivered fields with their types.
-    ``daily`` feeds must deliver every day that is not closed; others deliver when something changed.
-    """
-
-    name: str
-    daily: bool
-    columns: tuple[Column, ...]
-
-
-def _delivered(table: str, without: tuple[str, ...]) -> tuple[Column, ...]:
-    return tuple(column for column in TABLES[table].columns if column.name not in without)
-
-
-FEEDS: dict[str, Feed] = {
-    feed.name: feed
-    for feed in (
-        Feed("events", True, _EVENT_COLUMNS),
-        Feed("orders", True, _delivered("orders", ("ingest_date",))),
-        Feed("redemptions", False, _delivered("redemptions", ("ingest_date",))),
-        Feed("sends", False, _delivered("sends", ("send_date", "ingest_date"))),
-        Feed("campaigns", False, _delivered("campaigns", ("ingest_date",))),
-        Feed("consents", False, _delivered("consents", ("snapshot_date",))),
-        Feed("users", False, _delivered("users", ("snapshot_date",))),
-        Feed("catalogue", False, _delivered("catalogue", ("snapshot_date",))),
     )
 }

@@ -18,10 +18,10 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from couponflow.config import SparkConfig
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, ConflictError, DataError, InfraError
 from couponflow.lake import schemas, storage
+from couponflow.sections import SparkConfig
 
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.:-]{1,128}", re.ASCII)
 _PROPERTY = "couponflow.schema_version"

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from couponflow.config import ModelConfig
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import layouts
 from couponflow.models.batch import Array, Batch, beyond_vocabulary
 from couponflow.models.calibration import IDENTITY, Calibrator
 from couponflow.models.dien import Dien
+from couponflow.sections import ModelConfig
 
 BUNDLE_SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

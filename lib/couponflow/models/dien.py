@@ -12,7 +12,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from couponflow.config import ModelConfig
 from couponflow.errors import ConfigError
 from couponflow.lake import layouts
 from couponflow.models.batch import Batch
@@ -30,6 +29,7 @@ from couponflow.models.layers import (
     masked_softmax,
     packing,
 )
+from couponflow.sections import ModelConfig
 
 # A run on a few thousand rows takes a few hundred steps: with the usual .01 its running statistics would
 # still be near their start when the first epochs are validated.

@@ -34,6 +34,7 @@ CADENCES: dict[str, str] = {
     "audience": PER_RUN,
     "users": ON_CHANGE,
     "catalogue": ON_CHANGE,
+    "costs": ON_CHANGE,
     "campaigns": ON_CHANGE,
     "sends": ON_CHANGE,
     "redemptions": ON_CHANGE,

@@ -8,10 +8,10 @@ from typing import Any
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from couponflow.config import ConversionsConfig
 from couponflow.dates import DateRange
 from couponflow.errors import DataError
 from couponflow.lake import schemas, tables
+from couponflow.sections import ConversionsConfig
 
 #: Per source: the table's key, and the time that must lie in the window.
 PROOFS = {"orders": ("order_id", "order_time"), "redemptions": ("redemption_id", "redemption_time")}

@@ -13,10 +13,10 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.config import EventsConfig, QuarantineRule
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError
 from couponflow.lake import layouts, schemas, tables
+from couponflow.sections import EventsConfig, QuarantineRule
 from couponflow.sequences import feeds
 
 FIRST_YEAR, LAST_YEAR = 2000, 2098  # outside: 1970 and 2099 clocks, milliseconds read as seconds
@@ -60,7 +60,9 @@ def clean(raw: DataFrame, config: EventsConfig, time_zone: str, lateness_days: i
         *[(rule.reason, _condition(raw, rule)) for rule in config.quarantine_rules],
         *_checks(lateness_days),
     ]
-    frame = dated.withColumn(feeds.REFUSAL, feeds.first_reason(checks))
+    frame = dated.withColumn(feeds.REFUSAL, feeds.first_reason(checks)).withColumn(
+        "is_automated", F.lit(False)
+    )
     if config.max_quantity:
         too_many = F.col("quantity") > config.max_quantity
         frame = frame.withColumn(

@@ -16,10 +16,11 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
-from couponflow.config import Config, ExamplesConfig
+from couponflow.config import Config
 from couponflow.dates import MAX_DAYS, DateRange, day_start
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import layouts, tables
+from couponflow.sections import ExamplesConfig
 from couponflow.sequences import aggregates, conversions, events, histories, packing, vocabulary
 
 if TYPE_CHECKING:

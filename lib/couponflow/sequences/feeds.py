@@ -19,10 +19,10 @@ from pyspark import StorageLevel
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from couponflow.config import EventsConfig
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import schemas, storage, tables
+from couponflow.lake import contracts, schemas, storage, tables
+from couponflow.sections import EventsConfig
 from couponflow.sequences import records
 from couponflow.sequences.records import PseudonymKey, RawFile
 
@@ -75,7 +75,7 @@ def find_delivery(root_uri: str, feed: str, dates: DateRange, closed_days: tuple
         folder = storage.join(root_uri, "raw", feed, f"ingest_date={day}")
         names = [name for name in storage.list_names(folder) if not name.startswith((".", "_"))]
         files += [RawFile(day, storage.join(folder, name), name) for name in names]
-        if not names and schemas.FEEDS[feed].daily and day not in closed_days:
+        if not names and contracts.FEEDS[feed].daily and day not in closed_days:
             missing.append(day)
     if missing:
         raise DataError(
@@ -93,7 +93,7 @@ def find_delivery(root_uri: str, feed: str, dates: DateRange, closed_days: tuple
 
 def find_other_deliveries(root_uri: str, dates: DateRange, closed_days: tuple[date, ...]) -> list[Delivery]:
     """Find the deliveries of every feed but ``events``, so that drift in one stops before any is written."""
-    names = [name for name in schemas.FEEDS if name != "events"]
+    names = [name for name in contracts.FEEDS if name != "events"]
     return [find_delivery(root_uri, name, dates, closed_days) for name in names]
 
 
@@ -101,12 +101,12 @@ def read_raw(spark: SparkSession, delivery: Delivery, key: PseudonymKey | None =
     """Read a delivery: one row per delivered record, nothing dropped.
 
     Grain: one delivered record. Key: (``ingest_date``, ``source_file``, ``row_number``).
-    Columns: those of ``schemas.FEEDS`` in their declared types, ``ingest_date``, ``source_file``,
+    Columns: those of ``contracts.FEEDS`` in their declared types, ``ingest_date``, ``source_file``,
         ``row_number``, and ``_corrupt``: the record is no JSON object, or a field has another type (that
         field is null). An unreadable time is null and not corrupt. Times without an offset are UTC.
     Cost: each file is read once, by one task; lazy, so every action reads again unless persisted.
     """
-    columns = (*schemas.FEEDS[delivery.feed].columns, *records.ORIGIN)
+    columns = (*contracts.FEEDS[delivery.feed].columns, *records.ORIGIN)
     schema = tables.struct_type(columns)
     if not delivery.files:
         return spark.createDataFrame([], schema)
@@ -152,7 +152,7 @@ class Cleaned:
     @property
     def quarantine(self) -> DataFrame:
         """The refused rows as the ``quarantine`` table holds them: no delivered value."""
-        names = [column.name for column in schemas.FEEDS[self.feed].columns]
+        names = [column.name for column in contracts.FEEDS[self.feed].columns]
         delivered = F.concat_ws(",", *[F.when(F.col(n).isNotNull(), F.lit(n)) for n in names])
         return self.classified.where(F.col(REFUSAL).isNotNull()).select(
             F.lit(self.feed).alias("feed"),
@@ -191,7 +191,7 @@ def clean_feed(raw: DataFrame, feed: str, time_zone: str) -> Cleaned:
         absent or unreadable, or a campaign that ends before it starts), unknown_state.
     Cost: one shuffle by ingest date, one sort.
     """
-    declared = schemas.FEEDS[feed]
+    declared = contracts.FEEDS[feed]
     checks = [("malformed_record", F.col("_corrupt"))]
     for column in declared.columns:
         if column.nullable:

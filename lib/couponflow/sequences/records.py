@@ -21,7 +21,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from couponflow.errors import DataError
-from couponflow.lake import schemas, storage
+from couponflow.lake import contracts, schemas, storage
 
 KINDS = ("jsonl", "json", "csv", "parquet")
 SAMPLE_BYTES = 65_536  # of each file's head, for the drift check
@@ -103,7 +103,7 @@ def check_drift(feed: str, file: RawFile) -> set[str]:
         DataError: no record can be read, no sampled record carries a declared column (unknown values are
             delivered as null), or every sampled value of a column has another type.
     """
-    declared = schemas.FEEDS[feed].columns
+    declared = contracts.FEEDS[feed].columns
     if file.kind == "parquet":
         table = _parquet_table(file, storage.read_bytes(file.uri))
         _cast(file, table, arrow_schema(declared))
@@ -165,7 +165,7 @@ def parse_file(file: RawFile, content: bytes, feed: str, key: PseudonymKey | Non
     not corrupt; times without an offset are UTC. A byte order mark is skipped. Of a repeated JSON key the
     last value counts.
     """
-    body = arrow_schema(schemas.FEEDS[feed].columns)
+    body = arrow_schema(contracts.FEEDS[feed].columns)
     content = content if file.kind == "parquet" else content.removeprefix(codecs.BOM_UTF8)
     corrupt: list[bool] | None = None
     numbers: list[int] | None = None
@@ -185,7 +185,7 @@ def parse_file(file: RawFile, content: bytes, feed: str, key: PseudonymKey | Non
     arrays["source_file"] = pa.array([file.name] * size, pa.string())
     arrays["row_number"] = pa.array(range(size) if numbers is None else numbers, pa.int64())
     arrays["_corrupt"] = pa.array([False] * size if corrupt is None else corrupt, pa.bool_())
-    schema = arrow_schema((*schemas.FEEDS[feed].columns, *ORIGIN))
+    schema = arrow_schema((*contracts.FEEDS[feed].columns, *ORIGIN))
     return pa.table([arrays[name] for name in schema.names], schema=schema)
 
 

@@ -25,9 +25,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from couponflow.config import Config, RunConfig
+from couponflow.config import Config
 from couponflow.dates import day_start
 from couponflow.errors import DataError, InfraError
+from couponflow.sections import RunConfig
 from couponflow.sources import landing
 from couponflow.sources.landing import NULL, Landing, numbers, text, texts
 
@@ -236,6 +237,8 @@ def _land_events(out: Landing, lines: pd.DataFrame, products: pd.DataFrame, zone
                 "coupon_amount": numbers(part["coupon_disc"].to_numpy()),
                 "coupon_match_amount": numbers(part["coupon_match_disc"].to_numpy()),
                 "device": NULL,
+                "visitor_id": NULL,
+                "user_agent": NULL,
                 "channel": text("store"),
             },
         )
@@ -267,6 +270,8 @@ def _land_orders(out: Landing, lines: pd.DataFrame, zone: str, tell: Report) -> 
                 "order_time": landing.times(when[rows]),
                 "total_amount": numbers(part["total_amount"].to_numpy()),
                 "shop_id": _ids(part["store_id"]),
+                "order_status": NULL,
+                "status_time": NULL,
             },
         )
         tell("orders", number, len(days))

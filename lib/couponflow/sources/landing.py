@@ -16,7 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from couponflow.errors import ConflictError, DataError
-from couponflow.lake import schemas, storage
+from couponflow.lake import contracts, storage
 
 #: JSON texts of one column, or the one text of all rows.
 Column = list[str] | str
@@ -125,7 +125,7 @@ class Landing:
 
 
 def _lines(feed: str, columns: Mapping[str, Column]) -> list[str]:
-    names = [column.name for column in schemas.FEEDS[feed].columns]
+    names = [column.name for column in contracts.FEEDS[feed].columns]
     assert sorted(names) == sorted(columns), f"{feed}: {sorted(columns)} are not its columns"
     parts, varying = [], []
     for name in names:

@@ -112,6 +112,8 @@ def _land_events(out: Landing, world: World, events: pd.DataFrame, seed: int, te
                 "discount_amount": _money(rows["discount"]),
                 "coupon_amount": _money(rows["coupon"]),
                 "coupon_match_amount": _money(rows["coupon"] * 0.0),
+                "visitor_id": NULL,
+                "user_agent": NULL,
                 "device": [text(DEVICES[code]) for code in rows["device"].tolist()],
                 "channel": [
                     text("mail" if mail else CHANNELS[code])
@@ -145,6 +147,8 @@ def _land_orders(out: Landing, world: World, events: pd.DataFrame) -> None:
                 "order_time": _times(rows["time"]),
                 "total_amount": numbers(rows["total"].to_numpy()),
                 "shop_id": [_shop(item // ITEMS_PER_CATEGORY) for item in rows["item"].tolist()],
+                "order_status": NULL,
+                "status_time": NULL,
             },
         )
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from couponflow.config import EvaluationConfig
 from couponflow.errors import DataError
+from couponflow.sections import EvaluationConfig
 from couponflow.training import metrics
 from couponflow.training.metrics import Floats
 

