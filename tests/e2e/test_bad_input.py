@@ -30,6 +30,7 @@ def event(number: int, day: str, **over: Any) -> dict[str, Any]:
     base = {
         "event_id": f"e{day}{number}",
         "user_id": f"u{number}",
+        "visitor_id": None,
         "event_type": "view",
         "event_time": f"{day}T10:00:{number:02d}Z",
         "ingest_time": f"{day}T10:00:{number:02d}Z",
@@ -44,6 +45,7 @@ def event(number: int, day: str, **over: Any) -> dict[str, Any]:
         "coupon_match_amount": 0.0,
         "device": "web",
         "channel": "site",
+        "user_agent": None,
     }
     return base | over
 
@@ -63,7 +65,9 @@ class Lake:
                 "order_time": f"{day}T10:00:00Z",
                 "total_amount": 3.0,
             }
-            self.deliver("orders", day, [order | {"shop_id": "s1"}])
+            self.deliver(
+                "orders", day, [order | {"shop_id": "s1", "order_status": None, "status_time": None}]
+            )
         assert self.run("clean_events", "2024-01-01:2024-01-02").exit_code == 0
 
     def path(self, feed: str, day: str) -> Path:

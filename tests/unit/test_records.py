@@ -26,7 +26,7 @@ KEY = records.PseudonymKey("v1", b"0123456789abcdef")
 
 def order(**over: Any) -> dict[str, Any]:
     base = {"order_id": "o1", "user_id": "u1", "order_time": "2024-01-10T08:00:00Z", "total_amount": 2.5}
-    return base | {"shop_id": "s1"} | over
+    return base | {"shop_id": "s1", "order_status": None, "status_time": None} | over
 
 
 def lines(*rows: Any) -> bytes:
@@ -107,11 +107,11 @@ def test_csv_and_parquet_give_the_rows_of_json() -> None:
         assert [row | {"source_file": None} for row in parse(content, name)] == wanted
 
 
-HEAD = b"order_id,user_id,order_time,total_amount,shop_id\n"
+HEAD = b"order_id,user_id,order_time,total_amount,shop_id,order_status,status_time\n"
 
 
 def csv_line(order_id: str) -> bytes:
-    return f"{order_id},u1,2024-01-10T08:00:00Z,2.5,s1\n".encode("latin-1")
+    return f"{order_id},u1,2024-01-10T08:00:00Z,2.5,s1,,\n".encode("latin-1")
 
 
 def outcome(content: bytes, name: str = "a.csv") -> list[tuple[int, str | None, bool]]:
