@@ -161,8 +161,17 @@ def test_an_event_carries_the_receipt_line(tmp_path: Path) -> None:
         "coupon_match_amount": 0.25,
         "device": None,
         "channel": "store",
+        "visitor_id": None,  # receipts know no cookie and no browser
+        "user_agent": None,
     }
     assert list(second) == [column.name for column in contracts.FEEDS["events"].columns]
+
+
+def test_costs_are_not_invented(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    rows = completejourney.land(config)
+    assert "costs" not in rows
+    assert not (Path(config.lake.root_uri) / "raw" / "costs").exists()
 
 
 def test_defects_are_landed_as_found(tmp_path: Path) -> None:
@@ -197,6 +206,8 @@ def test_an_order_adds_up_its_lines(tmp_path: Path) -> None:
             "order_time": "2017-03-04T00:00:00Z",
             "total_amount": 3.75,
             "shop_id": "300",
+            "order_status": None,
+            "status_time": None,
         },
         {
             "order_id": "11",
@@ -204,6 +215,8 @@ def test_an_order_adds_up_its_lines(tmp_path: Path) -> None:
             "order_time": "2017-03-04T04:59:59Z",
             "total_amount": DUST,
             "shop_id": "301",
+            "order_status": None,
+            "status_time": None,
         },
     ]
 
@@ -367,6 +380,8 @@ def test_a_shared_value_is_kept_to_the_letter(tmp_path: Path) -> None:
         "order_time": landing.text("2017-01-01T00:00:00Z"),
         "total_amount": "0.5",
         "shop_id": landing.NULL,
+        "order_status": landing.NULL,
+        "status_time": landing.NULL,
     }
     out = landing.Landing(str(tmp_path), "test")
     out.day("orders", date(2017, 1, 1), columns)

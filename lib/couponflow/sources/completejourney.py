@@ -4,8 +4,9 @@ The data come in a public wheel, pinned by SHA-256; no row of it is part of this
 "Complete Journey" study of 84.51, meant for education: figures made from it are no business evidence.
 
 What the source does not have is not invented: no views (one event type), no delivery delay
-(``ingest_time`` is ``event_time``), no propensity of a send, no coupon of a send (pooled). Consent does not
-exist there either; the consent snapshots are constructed and say so in ``source``.
+(``ingest_time`` is ``event_time``), no propensity of a send, no coupon of a send (pooled), no visitor, user
+agent or order status, and no costs: that feed is never delivered. Consent does not exist there either; the
+consent snapshots are constructed and say so in ``source``.
 
 Everything is landed as found: quantity caps and artefact lines are rules of ``clean_events``.
 """

@@ -33,9 +33,11 @@ from couponflow.sources.synthetic_dirt import DIRT, DIRT_CODES, NO_TIME, with_di
 from couponflow.sources.synthetic_world import (
     CAMPAIGN_DAYS,
     CATEGORIES_PER_SHOP,
+    COUPON_SHARE,
     DAY_SECONDS,
     ITEMS_PER_CATEGORY,
     MAIL_CLICK,
+    MAIL_COST,
     MAIL_OPEN,
     NUM_CATEGORIES,
     PURCHASE,
@@ -79,6 +81,7 @@ def land(config: Config, report: Report | None = None) -> dict[str, int]:
     _land_events(out, world, events, seed, tell)
     _land_orders(out, world, events)
     _land_campaigns(out, world, sends)
+    _land_costs(out, world, sends)
     _land_masters(out, world, users, config)
     counts = _land_truth(out, world, events, sends, users)
     return out.rows | {f"dirt_{kind}": counts[kind] for kind in DIRT}
@@ -209,6 +212,28 @@ def _land_campaigns(out: Landing, world: World, sends: pd.DataFrame) -> None:
                 "redemption_time": _times(rows["bought"]),
             },
         )
+
+
+def _land_costs(out: Landing, world: World, sends: pd.DataFrame) -> None:
+    """What mails cost on the first day of a campaign, and its redeemed coupons on each day of its window."""
+    saved = world.item_price[sends["item"].to_numpy()] * COUPON_SHARE
+    sends = sends.assign(cost=np.round(saved, 2), day=world.day_of(sends["bought"].to_numpy()))
+    for number, campaign in enumerate(world.campaigns):
+        mails = sends[sends["campaign"] == number]
+        redeemed = mails[mails["is_redeemed"]].groupby("day")["cost"].sum()
+        for index in range(campaign.start, campaign.start + CAMPAIGN_DAYS):
+            amounts = {"mail": len(mails) * MAIL_COST} if index == campaign.start else {}
+            amounts["redemption"] = float(redeemed.get(index, 0.0))
+            out.day(
+                "costs",
+                world.days[index],
+                {
+                    "campaign_id": text(campaign.campaign_id),
+                    "cost_date": text(str(world.days[index])),
+                    "cost_type": texts(amounts),
+                    "cost_amount": numbers(np.round(np.array(list(amounts.values())), 2)),
+                },
+            )
 
 
 def _land_masters(out: Landing, world: World, users: pd.DataFrame, config: Config) -> None:

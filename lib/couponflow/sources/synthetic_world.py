@@ -27,6 +27,10 @@ MIN_DAYS, CAMPAIGN_EVERY_DAYS, CAMPAIGN_DAYS, AFFINITY_DAYS = 14, 10, 7, 28
 WEEKDAY_ACTIVITY = np.array([1.0, 0.95, 0.95, 1.0, 1.1, 1.4, 1.3])  # Monday first
 CAMPAIGN_TYPES = ("Type A", "Type B", "Type C")
 NUM_DEVICES = 3
+#: Part of the price that a coupon pays.
+COUPON_SHARE = 0.2
+#: Money for one mail.
+MAIL_COST = 0.05
 VIEW, SEARCH, FAVOURITE, CART, PURCHASE, MAIL_OPEN, MAIL_CLICK = (
     EVENT_TYPES.index(name)
     for name in ("view", "search", "favourite", "cart", "purchase", "mail_open", "mail_click")
@@ -328,7 +332,7 @@ def _draw_mails(
         items = np.array([coupon.items for coupon in campaign.coupons])
         item = items[coupon, rng.integers(0, items.shape[1], SHARD_USERS)]
         device = rng.integers(0, NUM_DEVICES, SHARD_USERS)
-        saved = np.round(0.2 * world.item_price[item], 2)
+        saved = np.round(COUPON_SHARE * world.item_price[item], 2)
         opens = _events(local, MAIL_OPEN, read, read + 2, -1, device)
         clicks = _events(local, MAIL_CLICK, read + 20, read + 22, -1, device)
         purchases = _events(
@@ -349,6 +353,7 @@ def _draw_mails(
             "owner": local,
             "campaign": number,
             "coupon": coupon,
+            "item": item,
             "delivered": delivered,
             "bought": bought,
             "probability": probability,
