@@ -9,6 +9,7 @@ from couponflow.sequences import conversions
 app = job_app(__doc__)
 
 
+@tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Replace the conversions of the sends of the range."""
     settings, time_zone = job.config.conversions, job.config.lake.time_zone

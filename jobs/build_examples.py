@@ -13,6 +13,7 @@ from couponflow.training import feed
 app = job_app(__doc__)
 
 
+@tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Build training rows of a range or, with a campaign, scoring rows of one day."""
     with examples.cached_inputs(spark, job.config, job.dates.last) as inputs:

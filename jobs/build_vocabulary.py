@@ -10,6 +10,7 @@ from couponflow.sequences import events, vocabulary
 app = job_app(__doc__)
 
 
+@tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Build, write and publish the version of a range; an equal range and events give the same version."""
     min_count = job.config.vocabulary.min_count

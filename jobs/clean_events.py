@@ -9,6 +9,7 @@ from couponflow.sequences import events, feeds
 app = job_app(__doc__)
 
 
+@tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Replace the events of the ingest dates, then the user days that they touch."""
     lake, settings = job.config.lake, job.config.events

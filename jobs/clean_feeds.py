@@ -9,6 +9,7 @@ from couponflow.sequences import feeds
 app = job_app(__doc__)
 
 
+@tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Check every feed before the first write, then replace the ingest dates of each table."""
     key = feeds.load_key(job.config.events)

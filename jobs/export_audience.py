@@ -9,6 +9,7 @@ from couponflow.lake import tables
 app = job_app(__doc__)
 
 
+@tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Hand over the version that the newest selection of the day has decided."""
     root, section = job.root_uri, job.config.export

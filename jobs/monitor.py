@@ -9,6 +9,7 @@ from couponflow.monitoring import kpis
 app = job_app(__doc__)
 
 
+@tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Count, compare with what was due and what was recorded, replace the verdicts of the dates."""
     counts = kpis.count_rows(spark, job.root_uri, job.dates)

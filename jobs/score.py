@@ -13,6 +13,7 @@ from couponflow.training import registry
 app = job_app(__doc__)
 
 
+@tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Score every user of the master, check the scores, replace those of the day and campaign."""
     section, day = job.config.scoring, job.run_date

@@ -9,6 +9,7 @@ from couponflow.lake import tables
 app = job_app(__doc__)
 
 
+@tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Decide about every user of the master, write the ledger, then the audience."""
     root, day, section = job.root_uri, job.run_date, job.config.selection

@@ -9,6 +9,7 @@ from couponflow.sequences import events, sessions
 app = job_app(__doc__)
 
 
+@tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Replace the segments of the range, then every session that they can change."""
     gap_minutes = job.config.sessions.gap_minutes

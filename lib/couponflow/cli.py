@@ -108,35 +108,53 @@ def one_job(
 
 @app.command()
 def backfill(
-    name: Annotated[str, typer.Argument(help="Job, such as clean_events.")],
+    name: Annotated[str, typer.Argument(help="Job, such as clean_events; or all, for ingest dates.")],
     from_date: Annotated[str, typer.Option("--from-date", help="First day, inclusive.")],
     to_date: Annotated[str, typer.Option("--to-date", help="Last day, inclusive.")],
     config: ConfigPath = DEFAULT_CONFIG,
     overrides: Overrides = None,
     reprocess_behavior: Annotated[
-        str, typer.Option("--reprocess-behavior", help="none, failed or completed: which days run again.")
+        str,
+        typer.Option(
+            "--reprocess-behavior",
+            help="none: new dates and changed inputs; failed: also what failed, or was built with another "
+            "config; completed: every date.",
+        ),
     ] = "none",
-    run_backwards: Annotated[bool, typer.Option("--run-backwards", help="Newest day first.")] = False,
+    chunk_days: Annotated[
+        int, typer.Option("--chunk-days", help="Neighbouring days per run; 1 is day by day.")
+    ] = 7,
+    run_backwards: Annotated[bool, typer.Option("--run-backwards", help="Newest days first.")] = False,
+    order_seed: Annotated[
+        int | None, typer.Option("--order-seed", help="Days in an order drawn from this seed.")
+    ] = None,
+    max_active_runs: Annotated[
+        int, typer.Option("--max-active-runs", help="Runs at once, where they replace other dates.")
+    ] = 1,
     dry_run: DryRun = False,
 ) -> None:
-    """Run one job day by day over past dates; finished days are skipped.
+    """Run past dates of one job, or of every stage that they reach; finished dates are skipped.
 
-    Example: couponflow backfill clean_events --from-date 2017-10-01 --to-date 2017-10-07 --dry-run
+    The vocabulary in use is taken as it is. Stopped or killed, the same command goes on where it was.
+
+    Example: couponflow backfill all --from-date 2017-10-01 --to-date 2017-10-07 --dry-run
     """
     with _errors_as_exit_codes():
+        from couponflow import backfill as backfilling
+        from couponflow import backfill_plan
+
         settings = _load(config, overrides)
         dates = DateRange(parse_day(from_date), parse_day(to_date) + timedelta(days=1))
-        planned = pipeline.plan_backfill(settings, name, dates, reprocess_behavior, run_backwards)
-        console.show_rows(
-            f"Backfill of {name}",
-            ["day", "action", "why"],
-            [[str(d.dates), d.action, d.why] for d in planned],
-        )
+        order = backfilling.Order(chunk_days, run_backwards, order_seed, max_active_runs)
+        planned = backfill_plan.plan(settings, name, dates, reprocess_behavior)
+        console.show_backfill(f"Backfill of {name} {dates}", planned)
+        planned.check()
         if dry_run:
             return
-        for day in planned:
-            if day.action == "run":
-                _run_job(name, settings, day.dates, "", "")
+        session = _LazySpark(settings)
+        with console.RunDisplay(session.peek, "days") as progress:
+            outcomes = backfilling.execute(settings, planned, order, session, progress)
+        typer.echo(f"{sum(len(o.stage.dates) for o in outcomes)} days of stages in {len(outcomes)} runs")
 
 
 @app.command()
@@ -144,9 +162,14 @@ def status(
     config: ConfigPath = DEFAULT_CONFIG,
     overrides: Overrides = None,
     job: Annotated[str, typer.Option("--job", help="Only this job.")] = "",
+    content: Annotated[
+        bool, typer.Option("--content", help="Rows and content hash of every table instead of the runs.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the runs of this lake, oldest first, with the reason of each failure.
+
+    With --content: what the tables hold. Equal hashes mean equal rows, whatever the files and versions.
 
     Example: couponflow status --job train
     """
@@ -154,7 +177,11 @@ def status(
         known = ("land", *pipeline.JOBS)
         if job and job not in known:
             raise ConfigError(f"unknown job {job!r}; one of {', '.join(sorted(known))}")
-        records = runs.load_all(_load(config, overrides).lake.root_uri, job or None)
+        settings = _load(config, overrides)
+        if content:
+            _show_content(settings, _LazySpark(settings)(), as_json)
+            return
+        records = runs.load_all(settings.lake.root_uri, job or None)
         if as_json:
             console.show_json([record.__dict__ for record in records])
             return
@@ -338,14 +365,19 @@ def _show_run(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) ->
     from couponflow.campaign import overview
 
     overview.show_results(settings, _by_stage(outcomes), console.show_rows)
-    console.show_rows(
-        "Table contents",
-        ["table", "version", "rows", "content hash"],
-        [list(row) for row in pipeline.content(settings.lake.root_uri, spark)],
-    )
+    _show_content(settings, spark)
     skipped = sum(outcome.is_skipped for outcome in outcomes)
     typer.echo(f"{len(outcomes)} stages, {skipped} skipped because nothing had changed")
     typer.echo(f"report: {_write_report(settings, outcomes, spark)}")
+
+
+def _show_content(settings: Config, spark: Any, as_json: bool = False) -> None:
+    names = ["table", "version", "rows", "content hash"]
+    found = [list(row) for row in pipeline.content(settings.lake.root_uri, spark)]
+    if as_json:
+        console.show_json([dict(zip(names, row, strict=True)) for row in found])
+    else:
+        console.show_rows("Table contents", names, found)
 
 
 def _write_report(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) -> str:

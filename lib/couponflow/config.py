@@ -59,9 +59,17 @@ class Config(Section):
 
     def fingerprint(self, *names: str) -> str:
         """Hash the named sections or values only, so that a new learning rate leaves sessions fresh."""
-        tree = self.model_dump(mode="json")
-        chosen = {name: reduce(dict.__getitem__, name.split("."), tree) for name in names or sorted(tree)}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+        return fingerprint_of(self.model_dump(mode="json"), *names)
+
+
+def fingerprint_of(tree: dict[str, Any], *names: str) -> str:
+    """``Config.fingerprint`` of a tree that a run record has kept; a name that it lacks counts as null."""
+    chosen = {name: reduce(_below, name.split("."), tree) for name in names or sorted(tree)}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _below(tree: Any, name: str) -> Any:
+    return tree.get(name) if isinstance(tree, dict) else None
 
 
 def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Config:

@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from couponflow import pipeline
+from couponflow.backfill_plan import Plan
 from couponflow.entry import log
 
 _terminal = Console(highlight=False)
@@ -52,9 +53,10 @@ class _Epochs(logging.Handler):
 class RunDisplay:
     """Draws the stages of a run: a bar over all stages, one for the work inside the present stage."""
 
-    def __init__(self, spark: Callable[[], Any | None]) -> None:
-        """Take where to look for the session, without starting one."""
+    def __init__(self, spark: Callable[[], Any | None], unit: str = "all stages") -> None:
+        """Take where to look for the session, without starting one, and what the outer bar counts."""
         self._spark = spark
+        self._unit = unit
         self._bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}", justify="left"),
@@ -96,7 +98,7 @@ class RunDisplay:
             log.info("[%d/%d] %s %s", done + 1, total, stage.name, stage.dates)
             return
         if self._stages is None:
-            self._stages = self._bars.add_task("all stages", total=total, rate="")
+            self._stages = self._bars.add_task(self._unit, total=total, rate="")
         with self._lock:
             if self._inner is not None:
                 self._bars.remove_task(self._inner)
@@ -148,6 +150,21 @@ def show_plan(stages: list[pipeline.Stage]) -> None:
     for stage in stages:
         table.add_row(stage.name, str(stage.dates), ", ".join(stage.after), ", ".join(stage.writes))
     out.print(table)
+
+
+def show_backfill(title: str, planned: Plan) -> None:
+    """Print what a backfill will do and what it leaves."""
+    rows = [
+        [part.name, str(part.dates), part.action, part.why, part.partitions or "", _size(part.input_bytes)]
+        for part in planned.parts
+    ]
+    show_rows(title, ["stage", "dates", "action", "why", "partitions", "input"], rows)
+    for note in planned.notes:
+        out.print(Text(note))
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes else ""
 
 
 def show_rows(title: str, columns: list[str], rows: list[list[Any]]) -> None:

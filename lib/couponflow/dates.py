@@ -76,6 +76,10 @@ class DateRange:
     def __len__(self) -> int:
         return (self.end - self.start).days
 
+    def overlaps(self, other: "DateRange") -> bool:
+        """Whether the two have a day in common."""
+        return self.start < other.end and other.start < self.end
+
     def days(self) -> Iterator[date]:
         """Every day, oldest first."""
         return (self.start + timedelta(days=n) for n in range(len(self)))

@@ -12,10 +12,11 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from couponflow import scopes
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, CouponflowError, DataError, InfraError
-from couponflow.lake import runs
+from couponflow.lake import faults, leases, runs
 
 log = logging.getLogger("couponflow")
 
@@ -148,21 +149,43 @@ def _record_failure(root_uri: str, record: runs.RunRecord, reason: str) -> None:
 
 @contextmanager
 def record_run(
-    name: str, config: Config, dates: DateRange, campaign: str = "", model: str = "", fingerprint: str = ""
+    name: str,
+    config: Config,
+    dates: DateRange,
+    campaign: str = "",
+    model: str = "",
+    fingerprint: str = "",
+    within: str = "",
 ) -> Iterator[Run]:
-    """Open a run record around a job; it is written once, with how the job ended."""
+    """Hold a job's lease and its run record around it; the record is written once, with how the job ended.
+
+    ``within`` is the run, such as a backfill, whose own lease covers this one.
+
+    Raises:
+        ConflictError: another run holds a range that the job writes. It has not started: no record.
+    """
+    root_uri = config.lake.root_uri
     arguments = {key: value for key, value in (("campaign", campaign), ("model", model)) if value}
     record = runs.start(name, str(dates), arguments, config.fingerprint())
     record.fingerprint = fingerprint
-    try:
-        yield Run(config, dates, record, campaign, model)
-    except BaseException as error:
-        ours = error if isinstance(error, CouponflowError) else _as_ours(f"{name} {dates}", error)
-        _record_failure(config.lake.root_uri, record, str(ours or f"{type(error).__name__}: {error}"))
-        if ours is None or ours is error:
-            raise
-        raise ours from error
-    runs.finish(config.lake.root_uri, record, "ok")
+    record.config = config.model_dump(mode="json")
+    faults.check(root_uri, config.spark.master)
+    with leases.held(root_uri, record, scopes.writes(name, dates, config, campaign), within) as lease:
+        if lease.taken_over:
+            record.facts["leases_taken_over"] = lease.taken_over
+        try:
+            faults.fire(root_uri, name, "before_run", dates.start)
+            yield Run(config, dates, record, campaign, model)
+            faults.fire(root_uri, name, "before_record", dates.start)
+            lease.check()
+        except BaseException as error:
+            ours = error if isinstance(error, CouponflowError) else _as_ours(f"{name} {dates}", error)
+            _record_failure(root_uri, record, str(ours or f"{type(error).__name__}: {error}"))
+            if ours is None or ours is error:
+                raise
+            raise ours from error
+        runs.finish(root_uri, record, "ok")
+        faults.fire(root_uri, name, "after_record", dates.start)
     log.info(
         "%s %s: ok in %.1f s, rows %s", name, dates, record.seconds, json.dumps(record.rows, sort_keys=True)
     )

@@ -28,6 +28,10 @@ class ConflictError(CouponflowError):
     exit_code = 4
 
 
+class CommitConflictError(ConflictError):
+    """A commit lost its race: nothing was written, and reading again and repeating may succeed at once."""
+
+
 class InfraError(CouponflowError):
     """A worker, disk or network failed; a restart helps."""
 

@@ -40,7 +40,6 @@ WITHOUT_SPARK = ("train", "evaluate")
 _OF_A_CAMPAIGN = ("score", "select_audience", "export_audience")
 #: Facts of a record that name an object the stage has published; a stage whose object is gone runs again.
 _PUBLISHED = ("manifest", "evaluation", "dataset")
-REPROCESS = ("none", "failed", "completed")
 
 
 @dataclass(frozen=True)
@@ -220,43 +219,6 @@ def recorded(config: Config, stages: list[Stage]) -> list[Outcome]:
         ]
         outcomes += [Outcome(stage, same[-1], True)] if same else []
     return outcomes
-
-
-@dataclass(frozen=True)
-class BackfillDay:
-    """One day of a backfill: ``action`` is run or skip."""
-
-    dates: DateRange
-    action: str
-    why: str
-
-
-def plan_backfill(
-    config: Config, job: str, dates: DateRange, reprocess: str = "none", run_backwards: bool = False
-) -> list[BackfillDay]:
-    """Each day of the range once, with whether it runs. A day is known by the newest run that covers it.
-
-    ``reprocess``: ``none`` runs days never run, ``failed`` also those whose newest run failed, ``completed``
-    all of them.
-
-    Raises:
-        ConfigError: unknown job or behaviour.
-    """
-    if job not in JOBS or reprocess not in REPROCESS:
-        raise ConfigError(
-            f"backfill of {job!r} with --reprocess-behavior {reprocess!r}: jobs are {', '.join(JOBS)}; "
-            f"behaviours are {', '.join(REPROCESS)}"
-        )
-    check_arguments(job, campaign="", model="")
-    records = [record for record in runs.load_all(config.lake.root_uri, job) if not record.arguments]
-    ended = [(DateRange.parse(record.dates), record.status) for record in records]
-    planned = []
-    for day in dates.days():
-        covering = [status for covered, status in ended if day in covered]
-        newest = covering[-1] if covering else "never run"
-        rerun = reprocess == "completed" or (reprocess == "failed" and newest != "ok") or not covering
-        planned.append(BackfillDay(DateRange.day(day), "run" if rerun else "skip", newest))
-    return planned[::-1] if run_backwards else planned
 
 
 def versions(root_uri: str, tables: tuple[str, ...]) -> dict[str, int]:

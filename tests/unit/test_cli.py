@@ -117,16 +117,17 @@ def test_land_twice_lands_once(config_file: Path, tmp_path: Path) -> None:
     assert "was landed before with other rows" in done.output
 
 
-def test_backfill_dry_run_lists_each_day(config_file: Path, tmp_path: Path) -> None:
-    with record_run("sessionize", test_config(tmp_path), DateRange.parse("2024-01-02")):
+def test_backfill_dry_run_lists_the_dates(config_file: Path, tmp_path: Path) -> None:
+    settings = test_config(tmp_path, "events.pseudonymise=true")
+    with record_run("sessionize", settings, DateRange.parse("2024-01-02")):
         pass
     argv = ["backfill", "sessionize", "--config", str(config_file), "--dry-run"]
     done = CliRunner().invoke(app, [*argv, "--from-date", "2024-01-01", "--to-date", "2024-01-03"])
-    rows = [line.split("│")[1:4] for line in done.stdout.splitlines() if line.startswith("│")]
+    rows = [line.split("│")[1:5] for line in done.stdout.splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in row] for row in rows] == [
-        ["2024-01-01:2024-01-01", "run", "never run"],
-        ["2024-01-02:2024-01-02", "skip", "ok"],
-        ["2024-01-03:2024-01-03", "run", "never run"],
+        ["sessionize", "2024-01-01:2024-01-01", "run", "never run"],
+        ["sessionize", "2024-01-02:2024-01-02", "skip", "finished"],
+        ["sessionize", "2024-01-03:2024-01-03", "run", "never run"],
     ]
 
 

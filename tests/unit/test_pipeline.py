@@ -1,4 +1,4 @@
-"""The plan of the main job, skipping by fingerprint, and backfill plans. No Spark: small jobs stand in."""
+"""The plan of the main job and skipping by fingerprint. No Spark: small jobs stand in."""
 
 import json
 import sys
@@ -12,7 +12,6 @@ from builders import test_config
 from couponflow import pipeline
 from couponflow.config import Config
 from couponflow.dates import DateRange
-from couponflow.entry import record_run
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import storage
 from couponflow.training import registry
@@ -221,24 +220,3 @@ def test_the_plan_is_in_order_and_every_job_exists(config: Config) -> None:
     assert len(set(written)) == len(written)
     jobs = Path(__file__).parents[2] / "jobs"
     assert {path.stem for path in jobs.glob("*.py")} - {"__init__"} == set(pipeline.JOBS)
-
-
-def test_backfill_covers_each_day_once(config: Config) -> None:
-    with record_run("sessionize", config, DateRange.parse("2024-01-02:2024-01-03")):
-        pass
-    with pytest.raises(DataError), record_run("sessionize", config, DateRange.parse("2024-01-03")):
-        raise DataError("broken; mend it")
-    dates = DateRange.parse("2024-01-01:2024-01-04")
-
-    def actions(**options: Any) -> dict[str, str]:
-        days = pipeline.plan_backfill(config, "sessionize", dates, **options)
-        return {str(day.dates.start)[-2:]: day.action for day in days}
-
-    assert actions() == {"01": "run", "02": "skip", "03": "skip", "04": "run"}
-    assert actions(reprocess="failed") == {"01": "run", "02": "skip", "03": "run", "04": "run"}
-    assert actions(reprocess="completed") == {"01": "run", "02": "run", "03": "run", "04": "run"}
-    assert list(actions(run_backwards=True)) == ["04", "03", "02", "01"]
-    with pytest.raises(ConfigError, match="jobs are"):
-        pipeline.plan_backfill(config, "nonsense", dates)
-    with pytest.raises(ConfigError, match="needs --campaign ID"):
-        pipeline.plan_backfill(config, "score", dates)

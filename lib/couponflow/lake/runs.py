@@ -1,14 +1,15 @@
 """Run records: one JSON object per run, readable without Spark.
 
 A record says which job ran, over which dates, with which config, code and table versions, how many rows
-it read, wrote and refused, and how it ended. A finished record with the same fingerprint lets a rerun skip.
+it read, wrote and refused, and how it ended: ``ok``, ``failed``, or ``killed`` where the process died and
+another run wrote the record for it. A finished record with the same fingerprint lets a rerun skip.
 """
 
 import hashlib
 import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,7 @@ class RunRecord:
     rows: dict[str, int] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -51,7 +53,8 @@ class RunRecord:
         ).total_seconds()
 
 
-_FIELDS = tuple(item.name for item in fields(RunRecord))
+#: Names of what a record holds.
+FIELDS = tuple(item.name for item in fields(RunRecord))
 
 
 @cache
@@ -67,20 +70,40 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
+def utc_now() -> datetime:
+    """The clock of records and leases; tests give their own."""
+    return datetime.now(UTC)
+
+
 def start(job: str, dates: str, arguments: dict[str, str], config_fingerprint: str) -> RunRecord:
     """Open a record with a fresh id; nothing is written until ``finish``."""
-    now = datetime.now(UTC)
+    now = utc_now()
     run_id = f"{job}-{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     return RunRecord(run_id, job, dates, arguments, config_fingerprint, code_version(), now.isoformat())
 
 
 def finish(root_uri: str, record: RunRecord, status: str, error: str = "") -> None:
     """Close the record and write it once."""
-    record.finished_time = datetime.now(UTC).isoformat()
+    record.finished_time = utc_now().isoformat()
     record.status = status
     record.error = error
-    uri = storage.join(root_uri, "runs", record.job, f"{record.run_id}.json")
-    storage.create(uri, json.dumps(asdict(record), indent=1, sort_keys=True).encode(), record.run_id)
+    _write(root_uri, record)
+
+
+def bury(root_uri: str, record: RunRecord, ended: datetime, error: str) -> None:
+    """Write the record of a run whose process died, unless it wrote its own before."""
+    buried = replace(record, finished_time=ended.isoformat(), status="killed", error=error)
+    if not storage.exists(_uri(root_uri, record)):
+        _write(root_uri, buried)
+
+
+def _write(root_uri: str, record: RunRecord) -> None:
+    content = json.dumps(asdict(record), indent=1, sort_keys=True).encode()
+    storage.create(_uri(root_uri, record), content, record.run_id)
+
+
+def _uri(root_uri: str, record: RunRecord) -> str:
+    return storage.join(root_uri, "runs", record.job, f"{record.run_id}.json")
 
 
 def load_all(root_uri: str, job: str | None = None) -> list[RunRecord]:
@@ -109,7 +132,7 @@ def _parse(uri: str, content: bytes) -> RunRecord:
     """A record; what newer code has added to it is left out."""
     try:
         tree = json.loads(content)
-        return RunRecord(**{name: tree[name] for name in _FIELDS if name in tree})
+        return RunRecord(**{name: tree[name] for name in FIELDS if name in tree})
     except (ValueError, TypeError) as error:
         raise DataError(
             f"run record {uri} is damaged ({error}); restore it, or delete it to run its job again"

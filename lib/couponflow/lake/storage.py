@@ -147,6 +147,21 @@ def list_names(uri: str) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
+def sizes(uri: str) -> dict[str, int]:
+    """Bytes of every object below a prefix by its path relative to it; one listing, hidden files left out."""
+    if is_remote(uri):
+        with _store_errors(uri):
+            bucket, prefix = _split(uri.rstrip("/") + "/")
+            found = {
+                blob.name.removeprefix(prefix): int(blob.size or 0)
+                for blob in bucket.list_blobs(prefix=prefix)
+            }
+    else:
+        with _disk_errors(uri):
+            found = {name: Path(uri, name).stat().st_size for name in walk(uri)}
+    return {name: size for name, size in found.items() if not name.rpartition("/")[2].startswith(".")}
+
+
 def download_folder(uri: str, folder: Path) -> Path:
     """A local copy of all objects below a prefix; a local folder is returned as it is.
 

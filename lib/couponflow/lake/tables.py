@@ -4,11 +4,16 @@ A write replaces its range and nothing else (``replaceWhere`` on literals), so t
 the new rows of a range and never a mix, and a rerun with no rows empties the range.
 """
 
+import logging
 import os
+import random
 import re
 import sys
+import time
 import uuid
+from collections.abc import Callable
 from datetime import date
+from functools import wraps
 from typing import Any
 
 from delta.tables import DeltaTable
@@ -19,10 +24,14 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from couponflow.dates import DateRange
-from couponflow.errors import ConfigError, ConflictError, DataError, InfraError
-from couponflow.lake import schemas, storage
+from couponflow.errors import CommitConflictError, ConfigError, ConflictError, DataError, InfraError
+from couponflow.lake import faults, schemas, storage
 from couponflow.sections import SparkConfig
 
+log = logging.getLogger("couponflow")
+
+_JobBody = Callable[[SparkSession, Any], None]
+_MAX_RUNS, _PAUSE_SECONDS = 3, 1.0
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.:-]{1,128}", re.ASCII)
 _PROPERTY = "couponflow.schema_version"
 
@@ -140,13 +149,18 @@ def overwrite(
     Raises:
         DataError: a column is missing, has another type, or is null where the declaration forbids it.
             Or the table has another schema version.
-        ConflictError: another run changed the same range meanwhile.
+        CommitConflictError: another run changed the same range meanwhile; see ``retried``.
         InfraError: the write failed.
     """
     declared = _declared(table)
     uri = table_uri(root_uri, table)
     predicate = _predicate(declared, dates, equals)
     shaped = _conform(frame, declared)
+    day = dates.start if dates else None
+    faults.check(root_uri, frame.sparkSession.sparkContext.master)
+    faults.fire(root_uri, table, "before_write", day)
+    if faults.is_set(table, "during_write", day):
+        shaped = shaped.mapInArrow(faults.passing(root_uri), shaped.schema)
     _create_if_absent(frame.sparkSession, declared, uri)
     mark = f"{run_id} {uuid.uuid4().hex[:8]}"
     writer = (
@@ -164,6 +178,7 @@ def overwrite(
         if written is None:
             raise _write_error(error, table, dates or equals) from error
         return written  # the commit's answer was lost: the log holds our mark
+    faults.fire(root_uri, table, "after_commit", day)
     return _rows_committed(frame.sparkSession, uri, mark) or 0
 
 
@@ -198,6 +213,32 @@ def content_hash(frame: DataFrame) -> str:
     row_hash = F.xxhash64(*columns).cast("decimal(20,0)")
     total = frame.agg(F.count(F.lit(1)).alias("n"), F.sum(row_hash).alias("s")).collect()[0]
     return storage.sha256(f"{total['n']}|{total['s']}".encode())[:16]
+
+
+def retried(run: _JobBody) -> _JobBody:
+    """Let a job's ``run`` repeat its whole read-compute-write when a commit has lost its race.
+
+    A lost race means that what the job read may be old: so nothing but all of it is repeated, at most
+    ``_MAX_RUNS`` times, after a random pause. The record's fact ``lost_races`` counts.
+
+    Raises:
+        ConflictError: the last attempt lost too.
+    """
+
+    @wraps(run)
+    def repeat(spark: SparkSession, job: Any) -> None:
+        for attempt in range(1, _MAX_RUNS + 1):
+            try:
+                return run(spark, job)
+            except CommitConflictError as error:
+                job.facts["lost_races"] = attempt
+                if attempt == _MAX_RUNS:
+                    raise ConflictError(f"{error} (lost {attempt} races in a row)") from error
+                log.warning("%s; attempt %d of %d follows", error, attempt + 1, _MAX_RUNS)
+                time.sleep(random.uniform(0, _PAUSE_SECONDS * 2**attempt))
+        return None
+
+    return repeat
 
 
 def _declared(table: str) -> schemas.Table:
@@ -321,7 +362,9 @@ def _write_error(error: Exception, table: str, where: object) -> Exception:
     text = str(error)
     # Every class of that module is a lost race, and none is a subclass of another.
     if type(error).__module__ == "delta.exceptions" or "ConcurrentModificationException" in text:
-        return ConflictError(f"table {table}, range {where}: another run changed it meanwhile; run again")
+        return CommitConflictError(
+            f"table {table}, range {where}: another run changed it meanwhile; run again"
+        )
     null = re.search(r"null in ([a-z_]+\.[a-z_]+)", text)
     if null:
         return DataError(
