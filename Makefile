@@ -9,6 +9,7 @@ PYTHON := .venv/bin/python
 UV := .tools/uv/bin/uv
 CONFIG ?= deploy/env/local.toml
 ONLY ?=
+SEED ?= 0
 
 # Horovod's isolated build reads the toolchain by absolute path, so it cannot stand in pyproject.toml.
 export CMAKE_TOOLCHAIN_FILE := $(CURDIR)/deploy/build/toolchain.cmake
@@ -41,6 +42,10 @@ test-spark: install ## Spark tests only
 	$(PYTHON) -m pytest tests/spark
 test-e2e: install .stamps/gcs ## end-to-end tests only
 	$(PYTHON) -m pytest tests/e2e
+
+.PHONY: soak
+soak: install ## 30 days backfilled in random order, killed twice, against one clean pass (SEED=n for another)
+	COUPONFLOW_SOAK_SEED=$(SEED) $(PYTHON) -m pytest -q -s -m nightly tests/e2e/test_backfill.py -k test_soak
 
 .PHONY: check
 check: install ## ruff, mypy strict and the import rules

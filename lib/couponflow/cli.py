@@ -15,7 +15,7 @@ from couponflow.config import Config, load_config
 from couponflow.dates import DateRange, parse_day
 from couponflow.entry import Campaign, ConfigPath, Dates, Model, Overrides, record_run, set_up_logging
 from couponflow.errors import ConfigError, CouponflowError
-from couponflow.lake import contracts, runs, storage
+from couponflow.lake import contracts, leases, runs, storage
 
 DEFAULT_CONFIG = Path("deploy/env/local.toml")
 
@@ -167,7 +167,7 @@ def status(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show the runs of this lake, oldest first, with the reason of each failure.
+    """Show the runs of this lake, oldest first, with the reason of each failure, and who holds what now.
 
     With --content: what the tables hold. Equal hashes mean equal rows, whatever the files and versions.
 
@@ -201,6 +201,7 @@ def status(
                 for record in records
             ],
         )
+        _show_leases(settings.lake.root_uri)
 
 
 @app.command()
@@ -369,6 +370,26 @@ def _show_run(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) ->
     skipped = sum(outcome.is_skipped for outcome in outcomes)
     typer.echo(f"{len(outcomes)} stages, {skipped} skipped because nothing had changed")
     typer.echo(f"report: {_write_report(settings, outcomes, spark)}")
+
+
+def _show_leases(root_uri: str) -> None:
+    claims = leases.claims(root_uri)
+    if not claims:
+        return
+    alive = {True: "working", False: "killed; the next run that needs the range takes it over"}
+    console.show_rows(
+        "Leases",
+        ["run", "holds", "since", "state"],
+        [
+            [
+                claim.run_id,
+                ", ".join(f"{name} {dates}" if dates else name for name, dates in claim.scopes),
+                claim.since,
+                alive[claim.is_alive(runs.utc_now())],
+            ]
+            for claim in claims
+        ],
+    )
 
 
 def _show_content(settings: Config, spark: Any, as_json: bool = False) -> None:

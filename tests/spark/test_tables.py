@@ -15,7 +15,7 @@ from pyspark.sql import functions as F
 
 from couponflow import pipeline
 from couponflow.dates import DateRange
-from couponflow.errors import ConfigError, ConflictError, DataError
+from couponflow.errors import CommitConflictError, ConfigError, ConflictError, DataError
 from couponflow.lake import schemas, tables
 from couponflow.sections import SparkConfig
 
@@ -231,7 +231,7 @@ def test_racing_writers(spark: SparkSession, root_uri: str, tmp_path: Path, same
     found = {name[0] for name in ids(spark, root_uri)}
     if same_day:  # exactly one wins, the other is told so: never a mix
         assert len(found) == 1
-        assert [type(error) for error in failures] == [ConflictError]
+        assert [type(error) for error in failures] == [CommitConflictError]
         assert "run again" in str(failures[0])
     else:
         assert found == {"x", "y"}

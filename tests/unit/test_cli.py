@@ -95,6 +95,16 @@ def test_status_shows_runs_and_reasons(config_file: Path, tmp_path: Path) -> Non
     assert "failed" in CliRunner().invoke(app, ["status", "--config", str(config_file)]).stdout
 
 
+def test_status_shows_who_holds_what(config_file: Path, tmp_path: Path) -> None:
+    argv = ["status", "--config", str(config_file)]
+    with record_run("sessionize", test_config(tmp_path), DateRange.parse("2024-01-01")) as run:
+        shown = " ".join(CliRunner().invoke(app, argv).stdout.split())
+        assert "session_segments 2024-01-01:2024-01-01" in shown
+        assert run.run_id[:20] in shown
+        assert "working" in shown
+    assert "Leases" not in CliRunner().invoke(app, argv).stdout
+
+
 def test_land_twice_lands_once(config_file: Path, tmp_path: Path) -> None:
     small = [
         "source.num_users=5",

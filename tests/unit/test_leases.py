@@ -205,6 +205,27 @@ def test_a_year_of_two_tables_is_one_object(root_uri: str, config: Config) -> No
         assert storage.list_names(storage.join(root_uri, "leases")) == ["held.json"]
 
 
+@pytest.mark.parametrize(
+    ("job", "campaign", "other", "is_refused"),
+    [
+        ("select_audience", "18", "19", True),  # one ledger per lake: campaigns share their caps
+        ("score", "18", "19", False),
+        ("score", "18", "18", True),
+        ("export_audience", "18", "18", False),  # claims of its own see to it
+    ],
+)
+def test_campaigns_side_by_side(
+    config: Config, job: str, campaign: str, other: str, is_refused: bool
+) -> None:
+    with record_run(job, config, DAY, campaign):
+        if is_refused:
+            with pytest.raises(ConflictError, match=f"is held by run {job}"):
+                record_run(job, config, DAY, other).__enter__()
+        else:
+            with record_run(job, config, DAY, other):
+                pass
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"claims": [{}]}'])
 def test_a_damaged_object_is_named(root_uri: str, content: str) -> None:
     storage.create(storage.join(root_uri, "leases", "held.json"), content.encode(), "r")

@@ -118,3 +118,12 @@ def test_uris() -> None:
     assert storage.join("gs://b/x/", "runs", "a.json") == "gs://b/x/runs/a.json"
     assert storage.spark_uri("gs://b/x") == "gs://b/x"
     assert storage.spark_uri("var").startswith("/")
+
+
+def test_sizes_by_path(tmp_path: Path) -> None:
+    for name, size in (("a/b/c.json", 3), ("a/d", 0), (".lock", 5), ("a/.part.crc", 8)):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * size)
+    assert storage.sizes(str(tmp_path)) == {"a/b/c.json": 3, "a/d": 0}
+    assert storage.sizes(str(tmp_path / "nothing")) == {}

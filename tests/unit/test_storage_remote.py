@@ -3,6 +3,8 @@
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, ConflictError, DataError, InfraError
-from couponflow.lake import storage
+from couponflow.lake import leases, runs, storage
 
 BUCKET = "gs://mails/lake"
 
@@ -183,3 +186,58 @@ def test_any_other_answer_is_our_error(store: Store) -> None:
     store.refusal = 400
     with pytest.raises(InfraError, match=r"a\.json: the object store failed \(BadRequest"):
         storage.read_bytes(f"{BUCKET}/a.json")
+
+
+def test_sizes_of_all_objects_over_several_pages(store: Store) -> None:
+    for number in range(5):
+        storage.create(
+            f"{BUCKET}/raw/events/ingest_date=2024-01-0{number % 2 + 1}/p{number}", b"x" * number, "r"
+        )
+    storage.create(f"{BUCKET}/raw/events/.hidden", b"xxx", "r")
+    assert storage.sizes(f"{BUCKET}/raw/events") == {
+        f"ingest_date=2024-01-0{number % 2 + 1}/p{number}": number for number in range(5)
+    }
+    assert storage.sizes(f"{BUCKET}/raw/nothing") == {}
+
+
+class LockedStore(Store):
+    """One writer at a time, as a store decides about preconditions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def put(self, name: str, content: bytes, generation: int | None) -> bool:
+        with self.lock:
+            return super().put(name, content, generation)
+
+
+def test_leases_on_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six threads want one day: never two inside; a lost answer of the store is no lost lease."""
+    server = LockedStore()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+    scope = (("events", DateRange.parse("2024-01-10")),)
+    inside: list[int] = []
+    seen: list[int] = []
+
+    def one(number: int) -> None:
+        for _ in range(8):
+            record = runs.start("clean_events", "2024-01-10:2024-01-10", {}, "f")
+            with suppress(ConflictError), leases.held(BUCKET, record, scope):
+                inside.append(number)
+                seen.append(len(inside))
+                inside.remove(number)
+
+    try:
+        server.lost_answers = 1
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(one, range(6)))
+        assert set(seen) == {1}
+        assert leases.claims(BUCKET) == []
+        assert [name for name in server.objects if "leases" in name] == ["lake/leases/held.json"]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -157,7 +157,7 @@ def overwrite(
     predicate = _predicate(declared, dates, equals)
     shaped = _conform(frame, declared)
     day = dates.start if dates else None
-    faults.check(root_uri, frame.sparkSession.sparkContext.master)
+    faults.check(root_uri, str(frame.sparkSession.sparkContext.master))
     faults.fire(root_uri, table, "before_write", day)
     if faults.is_set(table, "during_write", day):
         shaped = shaped.mapInArrow(faults.passing(root_uri), shaped.schema)
