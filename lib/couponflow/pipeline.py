@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from couponflow import scopes
 from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
@@ -97,6 +98,7 @@ def plan(config: Config) -> list[Stage]:
             f"run.first_as_of {run.first_as_of} must hold; correct these dates"
         )
     data = DateRange(run.first_date, run.last_date + timedelta(days=1))
+    touched = scopes.touched_dates(data, config)
     as_ofs = DateRange(run.first_as_of, data.end)
     before_valid = DateRange(run.first_date, examples.valid_start)
     fitting = DateRange(examples.train_start, examples.test_start)
@@ -116,7 +118,13 @@ def plan(config: Config) -> list[Stage]:
             ("land",),
             ("orders", "sends", "campaigns", "redemptions", "consents", "users", "catalogue", "costs"),
         ),
-        Stage("sessionize", data, ("lake", "sessions"), ("clean_events",), ("session_segments", "sessions")),
+        Stage(
+            "sessionize",
+            touched,
+            ("lake", "sessions"),
+            ("clean_events",),
+            ("session_segments", "sessions"),
+        ),
         Stage("attribute_conversions", as_ofs, ("lake", "conversions"), ("clean_feeds",), ("conversions",)),
         Stage("build_vocabulary", before_valid, ("lake", "vocabulary"), ("clean_events",), ("vocabularies",)),
         Stage(

@@ -158,10 +158,10 @@ def test_a_clean_pass_fills_every_table_and_a_second_call_does_nothing(
 def test_newest_week_first_equals_in_order(spark: SparkSession, oracle: Lake, lake: Lake) -> None:
     """An older backfill after a newer run; backwards, several runs at once, one week at a time."""
     succeed(lake.backfill("all", first="2024-01-09"))
-    argv = ("--run-backwards", "--chunk-days", "2", "--max-active-runs", "2")
+    argv = ("--run-backwards", "--chunk-days", "4", "--max-active-runs", "2")
     succeed(lake.backfill("all", *argv, last="2024-01-08"))
     assert lake.hashes(spark) == oracle.hashes(spark)
-    assert len(lake.ranges("clean_events")) == 1 + 4
+    assert len(lake.ranges("clean_events")) == 1 + 2
 
 
 @pytest.mark.nightly
@@ -267,7 +267,7 @@ def soak(lake: Lake, seed: int, num_kills: int, *more: str) -> Iterator[str]:
 def test_killed_twice_in_a_random_order_equals_one_clean_pass(
     spark: SparkSession, oracle: Lake, lake: Lake
 ) -> None:
-    assert len(list(soak(lake, 11, 2, "--chunk-days", "3"))) == 2
+    assert len(list(soak(lake, 11, 2, "--chunk-days", "5"))) == 2
     assert lake.hashes(spark) == oracle.hashes(spark)
     assert "killed" in {record.status for record in runs.load_all(lake.root)}
 

@@ -302,6 +302,19 @@ def test_what_a_stage_reads_is_what_the_pipeline_says(config: Config) -> None:
         assert set(stage.sections) - harmless - named == set(), stage.job
 
 
+def test_after_the_main_job_nothing_is_left_to_do(config: Config) -> None:
+    deliver(config, "2024-01-01:2024-03-01")
+    give_vocabulary(config)
+    stages = [stage for stage in pipeline.plan(config) if stage.job in backfill_plan.JOBS]
+    for stage in stages:
+        with record_run(stage.job, config, stage.dates, stage.campaign):
+            pass
+    dates = DateRange.parse("2024-01-01:2024-03-01")
+    found = fates(config, "all", dates)
+    assert set(found.values()) == {"skip: finished"}
+    assert len(found) == len(stages)
+
+
 def test_failed_dates_block_what_follows(
     config: Config, calls: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
