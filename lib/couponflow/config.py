@@ -35,6 +35,7 @@ from couponflow.sections import (
     VocabularyConfig,
 )
 from couponflow.values import Section
+from couponflow.world import WorldConfig
 
 
 class Config(Section):
@@ -42,6 +43,7 @@ class Config(Section):
 
     lake: LakeConfig = LakeConfig()
     source: SourceConfig = SourceConfig()
+    world: WorldConfig = WorldConfig()
     events: EventsConfig = EventsConfig()
     sessions: SessionsConfig = SessionsConfig()
     conversions: ConversionsConfig = ConversionsConfig()

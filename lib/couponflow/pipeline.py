@@ -109,7 +109,7 @@ def plan(config: Config) -> list[Stage]:
     models = tuple(f"train {kind}" for kind in ("logistic", "dien", "blend"))
     fit = ("model", "training")
     return [
-        Stage("land", data, ("lake", "source", "run"), uses_spark=False),
+        Stage("land", data, ("lake", "source", "world", "sessions.gap_minutes", "run"), uses_spark=False),
         Stage("clean_events", data, ("lake", "events"), ("land",), ("events", "user_days")),
         Stage(
             "clean_feeds",

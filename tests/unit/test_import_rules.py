@@ -12,6 +12,7 @@ LAYERS = {
     "dates": 1,
     "values": 2,
     "sections": 3,
+    "world": 3,
     "config": 4,
     "lake": 5,
     "scopes": 6,
@@ -33,6 +34,7 @@ LAYERS = {
 AT_TOP = {
     "values": {"pydantic"},
     "sections": {"pydantic"},
+    "world": {"pydantic"},
     "config": {"pydantic"},
     "entry": {"typer"},
     "cli": {"typer", "rich", "pydantic"},

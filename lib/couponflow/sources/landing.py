@@ -1,4 +1,4 @@
-"""Raw feeds as JSON Lines: the rows of one feed and one ingest date become one object.
+"""Raw feeds as JSON Lines: the rows of one feed and one ingest date become one object, or one per part.
 
 A column is a list of JSON texts, or one JSON text that all rows share. A line is then one string
 formatting, which lands 1.5 million rows in seconds; strings are escaped once per distinct value and floats
@@ -96,20 +96,34 @@ class Landing:
     source: str
     rows: dict[str, int] = field(default_factory=dict)
 
-    def day(self, feed: str, day: date, columns: Mapping[str, Column]) -> None:
-        """Land all rows of one feed for one ingest date; no rows is an empty delivery.
+    def day(
+        self,
+        feed: str,
+        day: date,
+        columns: Mapping[str, Column],
+        part: int = 0,
+        extra: Mapping[str, Column] | None = None,
+        broken: Iterable[int] = (),
+    ) -> str:
+        """Land the rows of one feed for one ingest date, or one part of them; no rows is an empty delivery.
+
+        ``extra``: columns that the contract does not know. ``broken``: positions of lines to cut in the
+        middle. Returns the name of the file.
 
         Raises:
             ConflictError: the day holds other rows, from another source, seed or version.
         """
-        lines = _lines(feed, columns)
-        uri = storage.join(self.root_uri, "raw", feed, f"ingest_date={day}", "part-0000.jsonl")
-        self._create(uri, lines)
+        lines = _lines(feed, columns, extra or {})
+        for position in broken:
+            lines[position] = lines[position][: len(lines[position]) // 2]
+        name = f"part-{part:04d}.jsonl"
+        self._create(storage.join(self.root_uri, "raw", feed, f"ingest_date={day}", name), lines)
         self.rows[feed] = self.rows.get(feed, 0) + len(lines)
+        return name
 
-    def truth(self, name: str, lines: list[str]) -> None:
-        """Write one truth file, which tests read and jobs never do."""
-        self._create(storage.join(self.root_uri, "truth", f"{name}.jsonl"), lines)
+    def truth(self, name: str, lines: list[str], part: int = 0) -> None:
+        """Write one part of a truth table, which tests read and jobs never do."""
+        self._create(storage.join(self.root_uri, "truth", name, f"part-{part:04d}.jsonl"), lines)
 
     def _create(self, uri: str, lines: list[str]) -> None:
         content = "".join(line + "\n" for line in lines).encode("ascii")
@@ -124,12 +138,11 @@ class Landing:
             ) from error
 
 
-def _lines(feed: str, columns: Mapping[str, Column]) -> list[str]:
+def _lines(feed: str, columns: Mapping[str, Column], extra: Mapping[str, Column]) -> list[str]:
     names = [column.name for column in contracts.FEEDS[feed].columns]
     assert sorted(names) == sorted(columns), f"{feed}: {sorted(columns)} are not its columns"
     parts, varying = [], []
-    for name in names:
-        column = columns[name]
+    for name, column in [*((name, columns[name]) for name in names), *extra.items()]:
         if isinstance(column, str):
             parts.append(f"{json.dumps(name)}:{column.replace('%', '%%')}")
         else:

@@ -1,13 +1,16 @@
-"""A small shop with known truth, landed as raw feeds.
+"""A shop with known truth, landed as raw feeds; of any size, a group of shards at a time.
 
-``synthetic_world`` draws users and campaigns, ``synthetic_dirt`` spoils the delivery; this module writes both
-as a source would. Events and orders are delivered for every day, possibly as an empty file; other feeds when
-something changed.
+``synthetic_world`` draws what all users share; ``synthetic_users``, ``synthetic_visits`` and
+``synthetic_mails`` draw a shard of 100 users; ``synthetic_dirt`` spoils the delivery and ``synthetic_truth``
+writes down what is true. Every dial is in ``[world]``, for instance
+``couponflow land synthetic --set world.order_share=0.7 --set world.order=0``.
 
-Beside the feeds lies ``truth/``, which no job may read: ``dirt.jsonl`` (event lines per kind and ingest
-date; the kinds add up to all lines), ``sends.jsonl`` (true redemption probability per send),
-``users.jsonl`` (bots, long-term interests).
+**Parts.** A day of a feed is one file ``part-NNNN.jsonl`` per group of ``world.group_shards`` shards. A shard
+is drawn from (seed, shard) alone, so any part of any day can be landed without the others:
+``land(config, parts=range(3))``, ``land(config, days=DateRange.day(day))``. Only one group is held in memory.
+Truth comes with whole days; costs, which are sums over all users, with the whole world.
 
+Events and orders are delivered for every day, possibly as an empty file; other feeds when something changed.
 The default world of 60 days has campaigns 1 to 5, seven days each, starting 01-11, 01-21, 01-31, 02-10 and
 02-20. This configuration gives train (1-3), valid (4) and test (5)::
 
@@ -17,339 +20,260 @@ The default world of 60 days has campaigns 1 to 5, seven days each, starting 01-
     [conversions]  source = "redemptions"      window = "campaign"
 """
 
-import hashlib
-import json
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from couponflow.config import Config
-from couponflow.lake.layouts import EVENT_TYPES
-from couponflow.sources import landing
-from couponflow.sources.landing import NULL, Landing, numbers, text, texts
-from couponflow.sources.synthetic_dirt import DIRT, DIRT_CODES, NO_TIME, with_dirt
-from couponflow.sources.synthetic_world import (
-    CAMPAIGN_DAYS,
-    CATEGORIES_PER_SHOP,
-    COUPON_SHARE,
-    DAY_SECONDS,
-    ITEMS_PER_CATEGORY,
-    MAIL_CLICK,
-    MAIL_COST,
-    MAIL_OPEN,
-    NUM_CATEGORIES,
-    PURCHASE,
-    SHARD_USERS,
-    World,
-    draw_shard,
-    draw_world,
-)
+from couponflow.dates import DateRange
+from couponflow.errors import ConfigError
+from couponflow.sources import landing, synthetic_feeds, synthetic_truth
+from couponflow.sources.landing import Array, Landing, text
+from couponflow.sources.synthetic_dirt import deliver
+from couponflow.sources.synthetic_mails import draw_outcomes, follow_mails, look_back
+from couponflow.sources.synthetic_rows import CODES, KINDS, Rows, concat, size, take
+from couponflow.sources.synthetic_users import Users, draw_users
+from couponflow.sources.synthetic_visits import draw_edges, draw_machines, draw_needs, draw_visits
+from couponflow.sources.synthetic_world import COUPON_SHARE, SHARD_USERS, World, draw_world
 
 Report = Callable[[str, int, int], None]
 
-DEVICES, CHANNELS = ("app", "web", "tablet"), ("app", "site", "site")
-#: Texts by type code; the last is what a malformed line says.
-TYPE_NAMES = (*EVENT_TYPES, "teleport")
+_PEOPLE = ("owner", "has_attributes", "age", "tier", "denied_from", "is_bounce")
 
 
-def land(config: Config, report: Report | None = None) -> dict[str, int]:
-    """Land all feeds of the shop and its truth; landing twice is a no-op.
+@dataclass(frozen=True)
+class Shard:
+    """Everything 100 users did and what was delivered of it.
 
+    ``lines``: delivered event lines; ``lost``: those of the lost hour; ``outcomes``: every candidate.
+    """
+
+    users: Users
+    happened: Rows
+    lines: Rows
+    lost: Rows
+    orders: Rows
+    outcomes: Rows
+
+
+def draw_shard(world: World, shard: int) -> Shard:
+    """Draw a shard from (seed, shard) alone: the same alone and among others."""
+    users, ordered = draw_users(world, shard)
+    own = concat([draw_visits(world, users), draw_needs(world, users), ordered, draw_edges(world, users)])
+    outcomes = draw_outcomes(world, users, look_back(world, users, own))
+    happened = concat([own, follow_mails(world, users, outcomes), draw_machines(world, users)])
+    lines, lost = deliver(world, users, happened)
+    orders = synthetic_feeds.draw_orders(world, shard, happened)
+    return Shard(users, happened, lines, lost, orders, outcomes)
+
+
+def num_parts(config: Config) -> int:
+    """Groups of shards, and so files per feed and day."""
+    num_shards = -(-config.source.num_users // SHARD_USERS)
+    return -(-num_shards // config.world.group_shards)
+
+
+def land(
+    config: Config,
+    report: Report | None = None,
+    days: DateRange | None = None,
+    parts: Iterable[int] | None = None,
+) -> dict[str, int]:
+    """Land feeds and truth of the shop; landing twice is a no-op.
+
+    ``days`` and ``parts`` choose what is landed, by default everything; the same files come out either way.
     ``report(step, done, total)`` is called after each shard and each day.
 
     Returns:
-        Landed rows per feed, and the event lines of each kind of ``DIRT`` as ``dirt_<kind>``.
+        Landed rows per feed, and the event lines of each kind of dirt as ``dirt_<kind>``.
 
     Raises:
-        ConfigError: run.first_date to run.last_date is too short for a campaign.
+        ConfigError: run.first_date to run.last_date is too short for a campaign, or a part or an incident
+            does not exist.
         ConflictError: the lake holds other raw feeds.
     """
     tell = report or _quiet
     world = draw_world(config)
-    seed, known = config.source.seed, config.source.num_users
-    num_shards = -(-known // SHARD_USERS)
-    parts: list[tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]] = []
-    for number in range(num_shards):
-        shard = draw_shard(world, number, seed)
-        parts.append((with_dirt(shard.events, world, number, seed), shard.sends, shard.users))
-        tell("users", number + 1, num_shards)
-    events, sends, users = (pd.concat(frames, ignore_index=True) for frames in zip(*parts, strict=True))
-    events, sends, users = (frame[frame["owner"] < known] for frame in (events, sends, users))
+    everything = range(num_parts(config))
+    chosen = list(everything if parts is None else parts)
+    if not set(chosen) <= set(everything):
+        raise ConfigError(
+            f"synthetic shop: parts {sorted(set(chosen) - set(everything))} do not exist; "
+            f"{config.source.num_users} users are parts 0 to {len(everything) - 1}"
+        )
     out = Landing(config.lake.root_uri, "synthetic")
-    _land_events(out, world, events, seed, tell)
-    _land_orders(out, world, events)
-    _land_campaigns(out, world, sends)
-    _land_costs(out, world, sends)
-    _land_masters(out, world, users, config)
-    counts = _land_truth(out, world, events, sends, users)
-    return out.rows | {f"dirt_{kind}": counts[kind] for kind in DIRT}
-
-
-def _land_events(out: Landing, world: World, events: pd.DataFrame, seed: int, tell: Report) -> None:
-    order = np.lexsort(tuple(events[name] for name in ("dirt", "number", "owner", "ingest")))
-    events = events.iloc[order]
-    days = world.day_of(events["ingest"].to_numpy())
-    types = [text(name) for name in TYPE_NAMES]
-    for number, day in enumerate(world.days):
-        rows = events[days == number]
-        shard = (rows["owner"] // SHARD_USERS).tolist()
-        pairs = list(zip(shard, rows["number"].tolist(), strict=True))
-        item, is_mail = rows["item"].tolist(), rows["type"].isin([MAIL_OPEN, MAIL_CLICK]).tolist()
-        out.day(
-            "events",
-            day,
-            {
-                "event_id": [f'"{_hash(f"{seed}:{part}:{n}")}"' for part, n in pairs],
-                "user_id": [_user(user) for user in rows["user"].tolist()],
-                "event_type": [types[code] for code in rows["type"].tolist()],
-                "event_time": _times(rows["time"]),
-                "ingest_time": _times(rows["ingest"]),
-                "item_id": [_item(number) for number in item],
-                "category_id": [_category(number // ITEMS_PER_CATEGORY) for number in item],
-                "shop_id": [_shop(number // ITEMS_PER_CATEGORY) for number in item],
-                "order_id": _orders(rows),
-                "price": _money(rows["price"]),
-                "quantity": [str(n) if n >= 0 else NULL for n in rows["quantity"].tolist()],
-                "discount_amount": _money(rows["discount"]),
-                "coupon_amount": _money(rows["coupon"]),
-                "coupon_match_amount": _money(rows["coupon"] * 0.0),
-                "visitor_id": NULL,
-                "user_agent": NULL,
-                "device": [text(DEVICES[code]) for code in rows["device"].tolist()],
-                "channel": [
-                    text("mail" if mail else CHANNELS[code])
-                    for mail, code in zip(is_mail, rows["device"].tolist(), strict=True)
-                ],
-            },
+    kinds = dict.fromkeys(KINDS, 0)
+    num_mails = np.zeros(len(world.campaigns), dtype=np.int64)
+    redeemed = np.zeros((len(world.campaigns), len(world.days)))
+    num_lost = num_doubled = 0
+    for part in chosen:
+        group = _draw_group(world, config, part, tell)
+        for kind, number in _land_part(out, world, config, part, group, days, tell).items():
+            kinds[kind] += number
+        sends = take(group.outcomes, group.outcomes["is_treated"])
+        np.add.at(num_mails, sends["campaign"], 1)
+        sends = take(sends, sends["is_converted"])
+        saved = np.round(COUPON_SHARE * world.item_price[sends["item"]], 2)
+        np.add.at(redeemed, (sends["campaign"], world.day_of(sends["bought"])), saved)
+        num_lost += size(group.lost)
+        hour = (group.lines["ingest"] >= world.double_hour[0]) & (
+            group.lines["ingest"] < world.double_hour[1]
         )
-        tell("days", number + 1, len(world.days))
+        num_doubled += int((hour & (group.lines["kind"] == CODES["double_load"])).sum())
+    _land_shared(out, world, config, days)
+    if days is None and set(chosen) == set(everything):
+        for day in range(len(world.days)):
+            columns = synthetic_feeds.cost_columns(world, day, num_mails, redeemed)
+            if columns["campaign_id"]:
+                out.day("costs", world.days[day], columns)
+        out.truth("incidents", synthetic_truth.incident_lines(world, num_lost, num_doubled))
+    return out.rows | {f"dirt_{kind}": number for kind, number in kinds.items()}
 
 
-def _land_orders(out: Landing, world: World, events: pd.DataFrame) -> None:
-    """One order per purchase order, delivered with its lines; an empty file for a day without any."""
-    lines = events[(events["type"] == PURCHASE) & (events["dirt"] == DIRT_CODES["clean"])]
-    grouped = lines.assign(shard=lines["owner"] // SHARD_USERS).groupby(["shard", "order"])
-    orders = grouped.agg(
-        owner=("owner", "first"),
-        time=("time", "first"),
-        ingest=("ingest", "first"),
-        item=("item", "first"),
-        total=("price", "sum"),
-    ).reset_index()
-    days = world.day_of(orders["ingest"].to_numpy())
-    for number, day in enumerate(world.days):
-        rows = orders[days == number]
-        out.day(
-            "orders",
-            day,
-            {
-                "order_id": _orders(rows),
-                "user_id": [_user(user) for user in rows["owner"].tolist()],
-                "order_time": _times(rows["time"]),
-                "total_amount": numbers(rows["total"].to_numpy()),
-                "shop_id": [_shop(item // ITEMS_PER_CATEGORY) for item in rows["item"].tolist()],
-                "order_status": NULL,
-                "status_time": NULL,
-            },
-        )
+@dataclass(frozen=True)
+class _Group:
+    """Some shards together, without the users beyond the asked number."""
+
+    shards: tuple[Users, ...]
+    lines: Rows
+    lost: Rows
+    orders: Rows
+    outcomes: Rows
+    people: Rows
 
 
-def _land_campaigns(out: Landing, world: World, sends: pd.DataFrame) -> None:
-    """Campaigns and sends under the start day, redemptions under their own day."""
-    for number, campaign in enumerate(world.campaigns):
-        day = world.days[campaign.start]
-        coupons = [
-            {
-                "coupon_id": coupon.coupon_id,
-                "category_id": json.loads(_category(coupon.category)),
-                "item_ids": [json.loads(_item(item)) for item in coupon.items],
-            }
-            for coupon in campaign.coupons
-        ]
-        out.day(
-            "campaigns",
-            day,
-            {
-                "campaign_id": [text(campaign.campaign_id)],
-                "campaign_type": [text(campaign.type)],
-                "start_date": [text(str(day))],
-                "end_date": [text(str(day + timedelta(days=CAMPAIGN_DAYS - 1)))],
-                "coupons": [json.dumps(coupons)],
-            },
-        )
-        rows = sends[sends["campaign"] == number]
-        out.day(
-            "sends",
-            day,
-            {
-                "send_id": [text(send_id) for send_id in _send_ids(world, rows)],
-                "campaign_id": text(campaign.campaign_id),
-                "user_id": [_user(user) for user in rows["owner"].tolist()],
-                "coupon_id": NULL,
-                "delivered_time": _times(rows["delivered"]),
-                "propensity": "0.5",
-            },
-        )
-    redeemed = sends[sends["is_redeemed"]].sort_values(["bought", "owner"])
-    days = world.day_of(redeemed["bought"].to_numpy())
-    for index in np.unique(days):
-        rows = redeemed[days == index]
-        campaigns = [world.campaigns[number] for number in rows["campaign"].tolist()]
-        coupons_ = [
-            campaign.coupons[n].coupon_id
-            for campaign, n in zip(campaigns, rows["coupon"].tolist(), strict=True)
-        ]
-        out.day(
-            "redemptions",
-            world.days[index],
-            {
-                "redemption_id": [f'"{_hash(send_id)}"' for send_id in _send_ids(world, rows)],
-                "user_id": [_user(user) for user in rows["owner"].tolist()],
-                "campaign_id": texts(campaign.campaign_id for campaign in campaigns),
-                "coupon_id": texts(coupons_),
-                "redemption_time": _times(rows["bought"]),
-            },
-        )
+def _draw_group(world: World, config: Config, part: int, tell: Report) -> _Group:
+    known, per_group = config.source.num_users, config.world.group_shards
+    num_shards = -(-known // SHARD_USERS)
+    numbers = range(part * per_group, min((part + 1) * per_group, num_shards))
+    shards: list[Shard] = []
+    for number in numbers:
+        drawn = draw_shard(world, number)
+        shards.append(drawn)
+        tell("shards", number + 1, num_shards)
 
+    def joined(name: str) -> Rows:
+        rows = concat([getattr(shard, name) for shard in shards])
+        return take(rows, rows["owner"] < known)
 
-def _land_costs(out: Landing, world: World, sends: pd.DataFrame) -> None:
-    """What mails cost on the first day of a campaign, and its redeemed coupons on each day of its window."""
-    saved = world.item_price[sends["item"].to_numpy()] * COUPON_SHARE
-    sends = sends.assign(cost=np.round(saved, 2), day=world.day_of(sends["bought"].to_numpy()))
-    for number, campaign in enumerate(world.campaigns):
-        mails = sends[sends["campaign"] == number]
-        redeemed = mails[mails["is_redeemed"]].groupby("day")["cost"].sum()
-        for index in range(campaign.start, campaign.start + CAMPAIGN_DAYS):
-            amounts = {"mail": len(mails) * MAIL_COST} if index == campaign.start else {}
-            amounts["redemption"] = float(redeemed.get(index, 0.0))
-            out.day(
-                "costs",
-                world.days[index],
-                {
-                    "campaign_id": text(campaign.campaign_id),
-                    "cost_date": text(str(world.days[index])),
-                    "cost_type": texts(amounts),
-                    "cost_amount": numbers(np.round(np.array(list(amounts.values())), 2)),
-                },
-            )
-
-
-def _land_masters(out: Landing, world: World, users: pd.DataFrame, config: Config) -> None:
-    """User master and catalogue once; a consent snapshot per campaign start and for the run date."""
-    ids = [_user(user) for user in users["owner"].tolist()]
-    attributes = [
-        json.dumps({"age_group": str(age), "price_tier": str(tier)}) if has else NULL
-        for has, age, tier in zip(users["has_attributes"], users["age"], users["tier"], strict=True)
-    ]
-    has = ["true" if known else "false" for known in users["has_attributes"]]
-    out.day("users", world.days[0], {"user_id": ids, "has_attributes": has, "attributes": attributes})
-    items = range(NUM_CATEGORIES * ITEMS_PER_CATEGORY)
-    out.day(
-        "catalogue",
-        world.days[0],
-        {
-            "item_id": [_item(item) for item in items],
-            "category_id": [_category(item // ITEMS_PER_CATEGORY) for item in items],
-            "shop_id": [_shop(item // ITEMS_PER_CATEGORY) for item in items],
-            "item_type": [text(f"t{item % 4}") for item in items],
-            "brand": [text(f"b{item % 7}") for item in items],
-        },
+    people = concat([{name: getattr(shard.users, name) for name in _PEOPLE} for shard in shards])
+    return _Group(
+        tuple(shard.users for shard in shards),
+        joined("lines"),
+        joined("lost"),
+        joined("orders"),
+        joined("outcomes"),
+        take(people, people["owner"] < known),
     )
+
+
+def _by_day(day: Array, days: Iterable[int], *order: Array) -> Iterator[tuple[int, Array]]:
+    """Positions of the rows of each chosen day, sorted by ``order``, the first one first."""
+    position = np.lexsort((*order[::-1], day))
+    held = day[position]
+    for number in days:
+        yield number, position[slice(*np.searchsorted(held, [number, number + 1]))]
+
+
+def _land_part(
+    out: Landing,
+    world: World,
+    config: Config,
+    part: int,
+    group: _Group,
+    days: DateRange | None,
+    tell: Report,
+) -> dict[str, int]:
+    """Land the files of one group and, with whole days, its truth; returns event lines per kind."""
+    chosen = [n for n, day in enumerate(world.days) if days is None or day in days]
+    lines, orders, flags = group.lines, group.orders, []
+    order = (lines["ingest"], lines["owner"], lines["number"], lines["kind"])
+    for number, index in _by_day(lines["day"], chosen, *order):
+        tell(f"days of part {part}", number + 1, len(world.days))
+        if world.delivery.get(number) == "missing_day":
+            continue
+        rows, is_new = take(lines, index), config.world.is_dirty and number >= world.dials.drift_day
+        file = out.day(
+            "events",
+            world.days[number],
+            synthetic_feeds.event_columns(world, rows),
+            part,
+            extra={synthetic_feeds.NEW_COLUMN: text("b")} if is_new else {},
+            broken=synthetic_feeds.broken_lines(rows),
+        )
+        flags += synthetic_truth.line_flags(world, rows, number, file)
+    for number, index in _by_day(orders["day"], chosen, orders["owner"], orders["order"], orders["status"]):
+        out.day("orders", world.days[number], synthetic_feeds.order_columns(take(orders, index)), part)
+    _land_mails(out, world, part, group.outcomes, chosen)
+    _land_people(out, world, config, part, group.people, days)
+    told, counts = synthetic_truth.dirt_lines(world, take(lines, np.isin(lines["day"], chosen)))
+    if days is None:
+        _land_truth(out, world, config, part, group, told, flags)
+    return counts
+
+
+def _land_mails(out: Landing, world: World, part: int, outcomes: Rows, chosen: list[int]) -> None:
+    """Sends under the start of their campaign, redemptions under their own day."""
+    starts = np.array([campaign.start for campaign in world.campaigns])[outcomes["campaign"]]
+    sent = outcomes["is_treated"]
+    for number, _ in world.rounds:
+        if number in chosen:
+            rows = take(outcomes, sent & (starts == number))
+            out.day("sends", world.days[number], synthetic_feeds.send_columns(world, rows), part)
+    redeemed = take(outcomes, sent & outcomes["is_converted"])
+    days = world.day_of(redeemed["bought"])
+    order = (redeemed["bought"], redeemed["owner"], redeemed["campaign"])
+    for number, index in _by_day(days, chosen, *order):
+        if len(index):
+            columns = synthetic_feeds.redemption_columns(world, take(redeemed, index))
+            out.day("redemptions", world.days[number], columns, part)
+
+
+def _land_people(
+    out: Landing, world: World, config: Config, part: int, people: Rows, days: DateRange | None
+) -> None:
+    """The user master once; a consent snapshot per campaign start and for the run date."""
     run = config.run
-    starts = [world.days[campaign.start] for campaign in world.campaigns]
-    denied_from = users["denied_from"].to_numpy()
+    if days is None or run.first_date in days:
+        out.day("users", run.first_date, synthetic_feeds.user_columns(people), part)
+    starts = [world.days[start] for start, _ in world.rounds]
     for day in landing.snapshot_days(starts, run.first_date, run.last_date, run.run_date):
-        is_denied = denied_from < (day - run.first_date).days
-        changed = world.midnights[0] + np.where(
-            is_denied, denied_from * DAY_SECONDS + DAY_SECONDS // 2, -30 * DAY_SECONDS
-        )
-        reasons = [
-            ("bounce" if bounce else "unsubscribe") if denied else None
-            for denied, bounce in zip(is_denied.tolist(), users["is_bounce"].tolist(), strict=True)
-        ]
-        out.day(
-            "consents",
-            day,
-            {
-                "user_id": ids,
-                "channel": text("mail"),
-                "purpose": text("marketing"),
-                "state": texts(np.where(is_denied, "denied", "granted").tolist()),
-                "updated_time": _times(pd.Series(changed)),
-                "reason": texts(reasons),
-                "source": text("crm"),
-            },
-        )
+        if days is None or day in days:
+            columns = synthetic_feeds.consent_columns(world, people, (day - run.first_date).days)
+            out.day("consents", day, columns, part)
+
+
+def _land_shared(out: Landing, world: World, config: Config, days: DateRange | None) -> None:
+    """Campaigns under their start, the catalogue under the first day: nobody's shard."""
+    for start, _ in world.rounds:
+        if days is None or world.days[start] in days:
+            out.day("campaigns", world.days[start], synthetic_feeds.campaign_columns(world, start))
+    if days is None or config.run.first_date in days:
+        out.day("catalogue", config.run.first_date, synthetic_feeds.catalogue_columns())
 
 
 def _land_truth(
-    out: Landing, world: World, events: pd.DataFrame, sends: pd.DataFrame, users: pd.DataFrame
-) -> dict[str, int]:
-    """Write the truth files; returns the event lines per kind of dirt."""
-    days = world.day_of(events["ingest"].to_numpy())
-    counts = np.zeros((len(world.days), len(DIRT)), dtype=np.int64)
-    np.add.at(counts, (days, events["dirt"].to_numpy()), 1)
-    lines = [
-        json.dumps({"ingest_date": str(world.days[day]), "kind": DIRT[kind], "rows": int(counts[day, kind])})
-        for day, kind in np.argwhere(counts).tolist()
-    ]
-    out.truth("dirt", lines)
-    outcomes = zip(_send_ids(world, sends), sends["probability"], sends["is_redeemed"], strict=True)
-    names = ("send_id", "redemption_probability", "is_redeemed")
-    out.truth("sends", [json.dumps(dict(zip(names, outcome, strict=True))) for outcome in outcomes])
-    people = zip(users["owner"].tolist(), users["is_bot"].tolist(), users["long_term"], strict=True)
-    out.truth(
-        "users",
-        [
-            f'{{"user_id":{_user(owner)},"is_bot":{json.dumps(is_bot)},'
-            f'"long_term_categories":[{",".join(_category(number) for number in categories)}]}}'
-            for owner, is_bot, categories in people
-        ],
-    )
-    return dict(zip(DIRT, counts.sum(axis=0).tolist(), strict=True))
-
-
-def _user(number: int) -> str:
-    return f'"u{number:06d}"' if number >= 0 else NULL
-
-
-def _item(number: int) -> str:
-    return f'"i{number:04d}"' if number >= 0 else NULL
-
-
-def _category(number: int) -> str:
-    return f'"c{number:02d}"' if number >= 0 else NULL
-
-
-def _shop(category: int) -> str:
-    return f'"s{category // CATEGORIES_PER_SHOP:02d}"' if category >= 0 else NULL
-
-
-def _orders(rows: pd.DataFrame) -> list[str]:
-    shards = (rows["owner"] // SHARD_USERS).tolist()
-    pairs = zip(shards, rows["order"].tolist(), strict=True)
-    return [f'"o{shard}-{order}"' if order >= 0 else NULL for shard, order in pairs]
-
-
-def _send_ids(world: World, sends: pd.DataFrame) -> list[str]:
-    pairs = zip(sends["campaign"].tolist(), sends["owner"].tolist(), strict=True)
-    return [f"{world.campaigns[number].campaign_id}:u{owner:06d}" for number, owner in pairs]
-
-
-def _money(column: "pd.Series[float]") -> list[str]:
-    return [NULL if value != value else repr(value) for value in column.tolist()]
-
-
-def _times(seconds: "pd.Series[int]") -> list[str]:
-    values = seconds.to_numpy()
-    known = landing.times(np.where(values == NO_TIME, 0, values).astype("datetime64[s]"))
-    return [text("yesterday") if bad else known[n] for n, bad in enumerate((values == NO_TIME).tolist())]
-
-
-def _hash(content: str) -> str:
-    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    out: Landing,
+    world: World,
+    config: Config,
+    part: int,
+    group: _Group,
+    dirt: list[str],
+    flags: list[str],
+) -> None:
+    known = config.source.num_users
+    links = synthetic_truth.first_links(group.lines)
+    out.truth("dirt", dirt, part)
+    out.truth("lines", flags, part)
+    out.truth("links", synthetic_truth.link_lines(world, links), part)
+    out.truth("candidates", synthetic_truth.candidate_lines(world, group.outcomes), part)
+    people = [line for users in group.shards for line in synthetic_truth.user_lines(world, users, known)]
+    out.truth("users", people, part)
+    if config.world.has_day_truth:
+        days = [line for users in group.shards for line in synthetic_truth.day_lines(world, users, known)]
+        out.truth("days", days, part)
+        out.truth("sessions", synthetic_truth.session_lines(world, group.lines, links), part)
 
 
 def _quiet(step: str, done: int, total: int) -> None:

@@ -1,43 +1,36 @@
-"""The world of the synthetic shop: users, sessions, campaigns and sends, drawn as numbers.
+"""The world of the synthetic shop: what all its users share, drawn from the seed alone.
 
-Users browse in evening sessions of a few seconds per step. Each has three long-term interests and a current
-one that drifts along a secret successor of categories. About every ten days a campaign mails coupons of two
-or three categories to a random half (propensity 0.5) of the users who have granted consent; a user redeems
-with the probability of ``redemption_logit``, which depends on the last 28 days.
-
-A shard of 100 users is drawn from (seed, shard) alone, so any shard gives the same rows again, alone or
-among others. Its events are clean; ``synthetic_dirt`` spoils them in a separate pass.
+Categories with their popularity and secret successors, prices, campaigns, the pairs of the order-only rule,
+and what happens on which day. Users are drawn in shards (``synthetic_users``), so a world of any size is
+never held in memory.
 """
 
 from dataclasses import dataclass
 from datetime import date, timedelta
 
 import numpy as np
-import pandas as pd
 
 from couponflow.config import Config
 from couponflow.dates import DateRange, day_start
 from couponflow.errors import ConfigError
-from couponflow.lake.layouts import EVENT_TYPES
 from couponflow.sources.landing import Array
+from couponflow.sources.synthetic_rows import HOUR_SECONDS
+from couponflow.world import Incident, WorldConfig
 
 NUM_CATEGORIES, ITEMS_PER_CATEGORY, CATEGORIES_PER_SHOP = 60, 20, 5
 SHARD_USERS = 100
-MIN_DAYS, CAMPAIGN_EVERY_DAYS, CAMPAIGN_DAYS, AFFINITY_DAYS = 14, 10, 7, 28
-WEEKDAY_ACTIVITY = np.array([1.0, 0.95, 0.95, 1.0, 1.1, 1.4, 1.3])  # Monday first
+MIN_DAYS, CAMPAIGN_DAYS = 14, 7
 CAMPAIGN_TYPES = ("Type A", "Type B", "Type C")
-NUM_DEVICES = 3
-#: Part of the price that a coupon pays.
-COUPON_SHARE = 0.2
-#: Money for one mail.
-MAIL_COST = 0.05
-VIEW, SEARCH, FAVOURITE, CART, PURCHASE, MAIL_OPEN, MAIL_CLICK = (
-    EVENT_TYPES.index(name)
-    for name in ("view", "search", "favourite", "cart", "purchase", "mail_open", "mail_click")
-)
-HOUR_SECONDS, DAY_SECONDS = 3_600, 86_400
-#: Day index that no world reaches.
-NEVER = 1_000_000
+NUM_SUCCESSORS = 3
+#: Part of the price that a coupon pays; money for one mail.
+COUPON_SHARE, MAIL_COST = 0.2, 0.05
+#: Usual size of each kind of incident, and whether it is one: the others only look like it.
+USUAL_SIZE = {"outage": 0.5, "ramp": 0.02, "conversion_drop": 0.1, "sale": 0.4, "holiday": 0.6}
+NO_INCIDENTS = ("sale", "holiday")
+OF_DELIVERY = ("missing_day", "double_load", "stale_copy")
+
+#: Streams of random numbers, so that one part of the world never shifts another.
+USERS, VISITS, EXTRAS, ORDERED, MAILS, DIRT, STATUS = range(1, 8)
 
 
 @dataclass(frozen=True)
@@ -65,37 +58,58 @@ class World:
     """What all users share.
 
     ``midnights`` [days + 1]: UTC seconds at which each business day, and the day after the last, begins.
+    ``successor`` [C] and ``successors`` [previous, current, 3]: the secret next categories.
+    ``pairs`` [K, 4]: categories A, B, C, D of the order-only rule; A before B makes C wanted, else D.
+    ``rounds``: (first day, numbers of the campaigns that start on it); one campaign, or one per category.
+    ``activity`` and ``conversion`` [days]: what incidents multiply visits and purchases with.
+    ``delivery``: day index to what happened to that day's events feed.
+    ``lost_hour`` and ``double_hour``: half-open seconds of delivery, empty where there is none.
+    ``clock_changes``: UTC seconds at which the local clock is moved.
     """
 
+    dials: WorldConfig
+    seed: int
+    gap_minutes: int
+    lateness_days: int
     days: tuple[date, ...]
     midnights: Array
     successor: Array
+    successors: Array
     popularity: Array
     item_price: Array
+    momentum_sign: Array
+    pairs: Array
     campaigns: tuple[Campaign, ...]
-    lateness_days: int
+    rounds: tuple[tuple[int, tuple[int, ...]], ...]
+    activity: Array
+    conversion: Array
+    delivery: dict[int, str]
+    lost_hour: tuple[int, int]
+    double_hour: tuple[int, int]
+    clock_changes: tuple[int, ...]
 
     def day_of(self, seconds: Array) -> Array:
-        """Index of the business day of each instant; ``len(days)`` or more = after the world's end."""
+        """Index of the business day of each instant; -1 before the world, ``len(days)`` after its end."""
         return np.searchsorted(self.midnights, seconds, side="right") - 1
 
+    def random(self, stream: int, shard: int) -> np.random.Generator:
+        """The generator of one part of one shard."""
+        return np.random.default_rng([self.seed, stream, shard])
 
-@dataclass(frozen=True)
-class Shard:
-    """Everything 100 users did; one frame per kind of row, ``owner`` = number of the user."""
-
-    events: pd.DataFrame
-    sends: pd.DataFrame
-    users: pd.DataFrame
+    def next_categories(self, previous: Array, current: Array) -> Array:
+        """What may come next, [..., 3]; in a world of first order all three are the same."""
+        if self.dials.second_order:
+            return np.asarray(self.successors[previous, current])
+        return np.repeat(self.successor[current][..., None], NUM_SUCCESSORS, axis=-1)
 
 
 def draw_world(config: Config) -> World:
-    """Draw what all users share from the seed alone.
+    """Draw what all users share.
 
     Raises:
-        ConfigError: fewer than ``MIN_DAYS`` days.
+        ConfigError: fewer than ``MIN_DAYS`` days, or an incident outside them.
     """
-    run = config.run
+    run, dials = config.run, config.world
     days = tuple(DateRange(run.first_date, run.last_date + timedelta(days=1)).days())
     if len(days) < MIN_DAYS:
         raise ConfigError(
@@ -103,274 +117,102 @@ def draw_world(config: Config) -> World:
             "move run.first_date or run.last_date"
         )
     ends = (*days, days[-1] + timedelta(days=1))
+    midnights = np.array([int(day_start(day, config.lake.time_zone).timestamp()) for day in ends])
     rng = np.random.default_rng([config.source.seed, 0])
     popularity = rng.dirichlet(np.full(NUM_CATEGORIES, 3.0))
     item_price = np.round(rng.gamma(4.0, 8.0, NUM_CATEGORIES * ITEMS_PER_CATEGORY) + 2.0, 2)
-    first = min(CAMPAIGN_EVERY_DAYS, len(days) // 3)
-    starts = range(first, len(days) - CAMPAIGN_DAYS + 1, CAMPAIGN_EVERY_DAYS)
+    successor = rng.permutation(NUM_CATEGORIES)
+    ranks = rng.random((NUM_CATEGORIES, NUM_CATEGORIES, NUM_CATEGORIES)).argsort(axis=2)
+    sign = np.where(rng.permutation(NUM_CATEGORIES) % 2, 1.0, -1.0)
+    pairs = rng.permutation(NUM_CATEGORIES)[: 4 * dials.order_pairs].reshape(-1, 4)
+    campaigns, rounds = _draw_campaigns(rng, dials, len(days), popularity)
+    activity, conversion, delivery = _effects(dials.incidents, days)
+    has_odd_hours = dials.is_dirty and dials.has_odd_hours
     return World(
+        dials=dials,
+        seed=config.source.seed,
+        gap_minutes=config.sessions.gap_minutes,
+        lateness_days=config.lake.lateness_days,
         days=days,
-        midnights=np.array([int(day_start(day, config.lake.time_zone).timestamp()) for day in ends]),
-        successor=rng.permutation(NUM_CATEGORIES),
+        midnights=midnights,
+        successor=successor,
+        successors=ranks[:, :, :NUM_SUCCESSORS].copy(),
         popularity=popularity,
         item_price=item_price,
-        campaigns=tuple(
-            _draw_campaign(rng, number, start, popularity) for number, start in enumerate(starts)
-        ),
-        lateness_days=config.lake.lateness_days,
+        momentum_sign=sign,
+        pairs=pairs,
+        campaigns=campaigns,
+        rounds=rounds,
+        activity=activity,
+        conversion=conversion,
+        delivery=delivery,
+        lost_hour=_evening_hour(midnights[len(days) // 3], has_odd_hours),
+        double_hour=_evening_hour(midnights[len(days) // 2], has_odd_hours),
+        clock_changes=_clock_changes(midnights),
     )
 
 
-def _draw_campaign(rng: np.random.Generator, number: int, start: int, popularity: Array) -> Campaign:
-    chosen = rng.choice(NUM_CATEGORIES, size=int(rng.integers(2, 4)), replace=False, p=popularity)
-    categories = tuple(sorted(chosen.tolist()))
-    coupons = []
-    for n in range(max(len(categories), int(rng.integers(2, 5)))):
-        category = categories[n % len(categories)]
-        items = category * ITEMS_PER_CATEGORY + rng.choice(ITEMS_PER_CATEGORY, size=8, replace=False)
-        coupons.append(Coupon(f"k{number + 1}-{n + 1}", category, tuple(sorted(items.tolist()))))
-    return Campaign(str(number + 1), CAMPAIGN_TYPES[number % 3], start, categories, tuple(coupons))
+def _evening_hour(midnight: int, exists: bool) -> tuple[int, int]:
+    start = int(midnight) + 20 * HOUR_SECONDS
+    return (start, start + HOUR_SECONDS) if exists else (0, 0)
 
 
-def draw_shard(world: World, shard: int, seed: int) -> Shard:
-    """Draw everything 100 users do, from (seed, shard) alone."""
-    rng = np.random.default_rng([seed, 1, shard])
-    owner = np.arange(shard * SHARD_USERS, (shard + 1) * SHARD_USERS)
-    is_bot = owner % 150 == 7
-    long_term = rng.integers(0, NUM_CATEGORIES, (SHARD_USERS, 3))
-    current = _draw_interests(world, rng, long_term)
-    denied_from = np.where(
-        rng.random(SHARD_USERS) < 0.08,
-        rng.integers(-len(world.days) // 2, len(world.days), SHARD_USERS),
-        NEVER,
-    )
-    users = pd.DataFrame(
-        {
-            "owner": owner,
-            "is_bot": is_bot,
-            "long_term": long_term.tolist(),
-            "denied_from": denied_from,
-            "is_bounce": rng.random(SHARD_USERS) < 0.3,
-            "has_attributes": rng.random(SHARD_USERS) < 0.7,
-            "age": rng.integers(0, 4, SHARD_USERS),
-            "tier": rng.integers(0, 3, SHARD_USERS),
-        }
-    )
-    organic = _draw_sessions(world, rng, long_term, current)
-    organic = organic[~is_bot[organic["user"]]]
-    mailed, sends = _draw_mails(world, rng, users, organic, current)
-    events = pd.concat([organic, mailed, _draw_bots(world, rng, is_bot)], ignore_index=True)
-    events["user"] += owner[0]
-    sends["owner"] += owner[0]
-    events["owner"] = events["user"]
-    events["number"] = np.arange(len(events))
-    events = events[world.day_of(events["ingest"].to_numpy()) < len(world.days)]
-    return Shard(events.reset_index(drop=True), sends, users)
+def _clock_changes(midnights: Array) -> tuple[int, ...]:
+    """02:00 of each day that has not 24 hours: where clocks are moved in North America and nearby."""
+    odd = np.flatnonzero(np.diff(midnights) != 24 * HOUR_SECONDS)
+    return tuple(int(midnights[day]) + 2 * HOUR_SECONDS for day in odd)
 
 
-def _draw_interests(world: World, rng: np.random.Generator, long_term: Array) -> Array:
-    """Current category of each user on each day, [users, days]."""
-    num_users = len(long_term)
-    now, days = long_term[:, 0], []
-    for _ in world.days:
-        change = rng.random(num_users)
-        back = rng.random(num_users) < 0.35
-        home = long_term[np.arange(num_users), rng.integers(0, 3, num_users)]
-        step = np.where(back, home, world.successor[now])
-        jump = rng.integers(0, NUM_CATEGORIES, num_users)
-        now = np.where(change < 0.12, step, np.where(change < 0.14, jump, now))
-        days.append(now)
-    return np.stack(days, axis=1)
+def _draw_campaigns(
+    rng: np.random.Generator, dials: WorldConfig, num_days: int, popularity: Array
+) -> tuple[tuple[Campaign, ...], tuple[tuple[int, tuple[int, ...]], ...]]:
+    first = min(dials.campaign_first_day, num_days // 3)
+    campaigns: list[Campaign] = []
+    rounds = []
+    for number, start in enumerate(range(first, num_days - CAMPAIGN_DAYS + 1, dials.campaign_every_days)):
+        if dials.campaigns == "sets":
+            name = str(number + 1)
+            chosen = rng.choice(NUM_CATEGORIES, size=int(rng.integers(2, 4)), replace=False, p=popularity)
+            targets = [(name, tuple(sorted(chosen.tolist())), int(rng.integers(2, 5)))]
+        else:
+            targets = [(f"{start}-c{category:02d}", (category,), 1) for category in range(NUM_CATEGORIES)]
+        rounds.append((start, tuple(range(len(campaigns), len(campaigns) + len(targets)))))
+        for name, categories, least in targets:
+            coupons = tuple(
+                _draw_coupon(rng, f"k{name}-{n + 1}", categories[n % len(categories)])
+                for n in range(max(len(categories), least))
+            )
+            campaigns.append(Campaign(name, CAMPAIGN_TYPES[number % 3], start, categories, coupons))
+    return tuple(campaigns), tuple(rounds)
 
 
-def _draw_sessions(world: World, rng: np.random.Generator, long_term: Array, current: Array) -> pd.DataFrame:
-    """Views, searches, favourites, carts and purchases of ordinary visits; ``user`` is local, 0..99.
-
-    Evening starts are reflected at midnight, so a few sessions run into the next day.
-    """
-    num_days = len(world.days)
-    rate = rng.gamma(1.5, 0.4, SHARD_USERS)
-    weekday = (world.days[0].weekday() + np.arange(num_days)) % 7
-    count = rng.poisson(rate[:, None] * WEEKDAY_ACTIVITY[weekday][None, :])
-    user, day = np.divmod(np.repeat(np.arange(count.size), count.ravel()), num_days)
-    hour = np.clip(rng.normal(20.5, 3.2, len(user)), 7.0, None)
-    hour = np.clip(np.where(hour > 23.999, 2 * 23.999 - hour, hour), 7.0, 23.999)
-    start = world.midnights[day] + (hour * HOUR_SECONDS).astype(np.int64)
-    length = 1 + rng.poisson(4, len(user))
-    session = np.repeat(np.arange(len(user)), length)
-    num_views = len(session)
-    elapsed = np.cumsum(rng.exponential(45, num_views).astype(np.int64))
-    first = np.cumsum(length) - length
-    when = start[session] + elapsed - elapsed[first][session]
-    viewer, source = user[session], rng.random(num_views)
-    category = np.where(
-        source < 0.55,
-        current[user, day][session],
-        np.where(
-            source < 0.75,
-            long_term[viewer, rng.integers(0, 3, num_views)],
-            rng.choice(NUM_CATEGORIES, num_views, p=world.popularity),
-        ),
-    )
-    item = category * ITEMS_PER_CATEGORY + (rng.random(num_views) ** 2 * ITEMS_PER_CATEGORY).astype(np.int64)
-    is_search = rng.random(num_views) < 0.08
-    is_favourite = ~is_search & (rng.random(num_views) < 0.05)
-    is_cart = ~is_search & (rng.random(num_views) < 0.10)
-    is_bought = is_cart & (rng.random(len(user)) < 0.5)[session]
-    delay = 1 + rng.exponential(20, num_views).astype(np.int64)
-    quantity = 1 + (rng.random(num_views) < 0.1)
-    price = np.round(world.item_price[item] * quantity, 2)
-    discount = np.where(rng.random(num_views) < 0.15, np.round(0.1 * price, 2), 0.0)
-    base = {
-        "user": viewer,
-        "type": np.where(is_search, SEARCH, VIEW),
-        "time": when,
-        "ingest": when + delay,
-        "item": np.where(is_search, -1, item),
-        "device": rng.integers(0, NUM_DEVICES, len(user))[session],
-    }
-    views = _events(**base)
-    favourites = _events(**base | {"type": FAVOURITE, "time": when + 5, "ingest": when + 5 + delay})
-    carts = _events(**base | {"type": CART, "time": when + 8, "ingest": when + 8 + delay})
-    paid = when[first + length - 1][session] + 60  # one order per session, after its last step
-    purchases = _events(
-        **base | {"type": PURCHASE, "time": paid, "ingest": paid + 1 + session % 7},
-        order=session,
-        price=np.round(price - discount, 2),
-        quantity=quantity,
-        discount=discount,
-        coupon=0.0,
-    )
-    return pd.concat(
-        [views, favourites[is_favourite], carts[is_cart], purchases[is_bought]], ignore_index=True
-    )
+def _draw_coupon(rng: np.random.Generator, coupon_id: str, category: int) -> Coupon:
+    items = category * ITEMS_PER_CATEGORY + rng.choice(ITEMS_PER_CATEGORY, size=8, replace=False)
+    return Coupon(coupon_id, category, tuple(sorted(items.tolist())))
 
 
-def _events(
-    user: Array,
-    type: Array | int,
-    time: Array,
-    ingest: Array,
-    item: Array | int,
-    device: Array,
-    order: Array | int = -1,
-    price: Array | float = np.nan,
-    quantity: Array | int = -1,
-    discount: Array | float = np.nan,
-    coupon: Array | float = np.nan,
-) -> pd.DataFrame:
-    """Event rows as numbers: -1 and NaN stand for null; times in UTC seconds."""
-    return pd.DataFrame(
-        {
-            "user": user,
-            "type": type,
-            "time": time,
-            "ingest": ingest,
-            "item": item,
-            "device": device,
-            "order": order,
-            "price": price,
-            "quantity": quantity,
-            "discount": discount,
-            "coupon": coupon,
-            "is_bot": False,
-        }
-    )
+def _effects(incidents: tuple[Incident, ...], days: tuple[date, ...]) -> tuple[Array, Array, dict[int, str]]:
+    """What incidents do to visits, to purchases and to the delivery of each day."""
+    activity, conversion = np.ones(len(days)), np.ones(len(days))
+    delivery: dict[int, str] = {}
+    for incident in incidents:
+        first = (incident.date - days[0]).days
+        if not 0 <= first <= len(days) - incident.days:
+            raise ConfigError(
+                f"synthetic shop: world.incidents: {incident.kind} of {incident.days} days from "
+                f"{incident.date} is not inside {days[0]}:{days[-1]}; move it, or widen run.*_date"
+            )
+        for n in range(incident.days):
+            loss = usual_size(incident) * (n + 1 if incident.kind == "ramp" else 1)
+            if incident.kind in OF_DELIVERY:
+                delivery[first + n] = incident.kind
+            elif incident.kind == "conversion_drop":
+                conversion[first + n] *= 1.0 - loss
+            else:
+                activity[first + n] *= 1.0 + loss if incident.kind == "sale" else max(0.0, 1.0 - loss)
+    return activity, conversion, delivery
 
 
-def redemption_logit(
-    campaign: Campaign, category_events: Array, all_events: Array, is_current: Array
-) -> Array:
-    """True log-odds that a mailed user redeems.
-
-    Args:
-        campaign: its type moves the base rate.
-        category_events: events of the user in the campaign's categories, last ``AFFINITY_DAYS``.
-        all_events: events with an item in the same days.
-        is_current: whether the interest on the eve of the campaign is one of its categories.
-    """
-    base = -4.2 + 0.4 * (1 - CAMPAIGN_TYPES.index(campaign.type))
-    logit: Array = base + 1.1 * np.log1p(category_events) + 0.35 * np.log1p(all_events) + 1.0 * is_current
-    return logit
-
-
-def _draw_mails(
-    world: World, rng: np.random.Generator, users: pd.DataFrame, organic: pd.DataFrame, current: Array
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Mail events and coupon purchases, and one row per send with its outcome (``owner`` local).
-
-    The affinity counts ordinary visits only, so it does not depend on earlier campaigns.
-    """
-    seen = organic[organic["item"] >= 0]
-    day = np.minimum(world.day_of(seen["time"].to_numpy()), len(world.days))
-    counts = np.zeros((SHARD_USERS, NUM_CATEGORIES, len(world.days) + 2))
-    np.add.at(counts, (seen["user"].to_numpy(), seen["item"].to_numpy() // ITEMS_PER_CATEGORY, day + 1), 1)
-    before = counts.cumsum(axis=2)  # [user, category, day]: events on earlier days
-    parts, sends = [], []
-    local, is_bot = np.arange(SHARD_USERS), users["is_bot"].to_numpy()
-    for number, campaign in enumerate(world.campaigns):
-        start, categories = campaign.start, list(campaign.categories)
-        recent = before[:, :, start] - before[:, :, max(0, start - AFFINITY_DAYS)]
-        logit = redemption_logit(
-            campaign,
-            recent[:, categories].sum(axis=1),
-            recent.sum(axis=1),
-            np.isin(current[:, start - 1], categories),
-        )
-        probability = np.where(is_bot, 0.0, 1.0 / (1.0 + np.exp(-logit)))
-        draw = rng.random((4, SHARD_USERS))
-        sent = (users["denied_from"].to_numpy() >= start) & (draw[0] < 0.5)
-        redeemed = sent & (draw[1] < probability)
-        opened = sent & ~is_bot & (draw[2] < 0.25 + 0.5 * probability)
-        clicked = opened & (draw[3] < 0.15 + 0.5 * probability)
-        delivered = world.midnights[start] + 8 * HOUR_SECONDS + rng.integers(0, 1_800, SHARD_USERS)
-        read = delivered + 60 + rng.exponential(4 * HOUR_SECONDS, SHARD_USERS).astype(np.int64)
-        bought_on = start + np.minimum(rng.geometric(0.35, SHARD_USERS), CAMPAIGN_DAYS) - 1
-        bought = world.midnights[bought_on] + rng.integers(18 * HOUR_SECONDS, 22 * HOUR_SECONDS, SHARD_USERS)
-        taste = np.log1p(recent[:, [coupon.category for coupon in campaign.coupons]])
-        coupon = np.argmax(taste + rng.gumbel(size=taste.shape), axis=1)
-        items = np.array([coupon.items for coupon in campaign.coupons])
-        item = items[coupon, rng.integers(0, items.shape[1], SHARD_USERS)]
-        device = rng.integers(0, NUM_DEVICES, SHARD_USERS)
-        saved = np.round(COUPON_SHARE * world.item_price[item], 2)
-        opens = _events(local, MAIL_OPEN, read, read + 2, -1, device)
-        clicks = _events(local, MAIL_CLICK, read + 20, read + 22, -1, device)
-        purchases = _events(
-            local,
-            PURCHASE,
-            bought,
-            bought + 3,
-            item,
-            device,
-            order=1_000_000 + number * SHARD_USERS + local,  # apart from the orders of sessions
-            price=np.round(world.item_price[item] - saved, 2),
-            quantity=1,
-            discount=0.0,
-            coupon=saved,
-        )
-        parts += [opens[opened], clicks[clicked], purchases[redeemed]]
-        outcome = {
-            "owner": local,
-            "campaign": number,
-            "coupon": coupon,
-            "item": item,
-            "delivered": delivered,
-            "bought": bought,
-            "probability": probability,
-            "is_redeemed": redeemed,
-        }
-        sends.append(pd.DataFrame(outcome)[sent])
-    return pd.concat(parts, ignore_index=True), pd.concat(sends, ignore_index=True)
-
-
-def _draw_bots(world: World, rng: np.random.Generator, is_bot: Array) -> pd.DataFrame:
-    """1,200 views at one per second on each of three days, over all items; never a purchase."""
-    parts = []
-    for user in np.flatnonzero(is_bot):
-        for day in np.sort(rng.choice(len(world.days), 3, replace=False)):
-            when = world.midnights[day] + 10 * HOUR_SECONDS + np.arange(1_200)
-            item = rng.integers(0, NUM_CATEGORIES * ITEMS_PER_CATEGORY, len(when))
-            rows = _events(np.full(len(when), user), VIEW, when, when + 1, item, np.ones_like(when))
-            parts.append(rows.assign(is_bot=True))
-    nobody = np.empty(0, dtype=np.int64)
-    return pd.concat([_events(nobody, VIEW, nobody, nobody, nobody, nobody), *parts], ignore_index=True)
+def usual_size(incident: Incident) -> float:
+    """The share that an incident takes or adds: its own, or that of its kind."""
+    return USUAL_SIZE.get(incident.kind, 0.0) if incident.size is None else incident.size
