@@ -270,10 +270,12 @@ def _land_truth(
     out.truth("candidates", synthetic_truth.candidate_lines(world, group.outcomes), part)
     people = [line for users in group.shards for line in synthetic_truth.user_lines(world, users, known)]
     out.truth("users", people, part)
+    door = synthetic_truth.read_door(world, group.shards, group.lines)
+    out.truth("exclusions", synthetic_truth.exclusion_lines(world, door), part)
     if config.world.has_day_truth:
         days = [line for users in group.shards for line in synthetic_truth.day_lines(world, users, known)]
         out.truth("days", days, part)
-        out.truth("sessions", synthetic_truth.session_lines(world, group.lines, links), part)
+        out.truth("sessions", synthetic_truth.session_lines(world, door, links), part)
 
 
 def _quiet(step: str, done: int, total: int) -> None:

@@ -100,12 +100,16 @@ def first_purchase(users: Users, rows: Rows) -> Array:
 
 
 def _with_visitors(world: World, users: Users, rows: Rows) -> Rows:
-    """Some browse as a visitor until they log in (on a day, or to buy); some browsers are used by two."""
+    """Some browse as a visitor until they log in, on a day or to buy; some browsers are used by two.
+
+    Who never logs in buys with another device: no line names both.
+    """
     local = rows["owner"] - users.owner[0]
     merges = users.login_day >= 0
-    ends = np.append(world.midnights, np.full(len(world.midnights), world.midnights[-1]))
-    login = np.minimum(ends[np.maximum(users.login_day, 0)], first_purchase(users, rows))
-    is_site = ~np.isin(rows["type"], (MAIL_OPEN, MAIL_CLICK))
+    never = users.login_day >= len(world.days)
+    on_day = world.midnights[np.clip(users.login_day, 0, len(world.days))]
+    login = np.where(never, np.iinfo(np.int64).max, np.minimum(on_day, first_purchase(users, rows)))
+    is_site = ~np.isin(rows["type"], (MAIL_OPEN, MAIL_CLICK)) & ~(never[local] & (rows["type"] == PURCHASE))
     is_known = ~(merges[local] & is_site & (rows["time"] < login[local]))
     visitor = np.where(merges[local] & is_site, rows["owner"], -1)
     lends = np.zeros(len(merges), dtype=bool)

@@ -70,7 +70,8 @@ def event_ids(world: World, rows: Rows) -> list[str]:
 
 def event_columns(world: World, rows: Rows) -> dict[str, Column]:
     """The events feed, one line per row."""
-    types, agents = [text(name) for name in TYPE_NAMES], [text(name) for name in AGENTS]
+    types, agents = texts(TYPE_NAMES), texts(AGENTS)
+    devices, channels, mail = texts(DEVICES), texts(CHANNELS), text("mail")
     device, item = rows["device"].tolist(), rows["item"].tolist()
     is_mail = np.isin(rows["type"], (MAIL_OPEN, MAIL_CLICK)).tolist()
     people = zip(rows["owner"].tolist(), rows["is_known"].tolist(), strict=True)
@@ -90,10 +91,8 @@ def event_columns(world: World, rows: Rows) -> dict[str, Column]:
         "discount_amount": _money(rows["discount"]),
         "coupon_amount": _money(rows["coupon"]),
         "coupon_match_amount": _money(rows["coupon"] * 0.0),
-        "device": [text(DEVICES[code]) for code in device],
-        "channel": [
-            text("mail" if mail else CHANNELS[code]) for mail, code in zip(is_mail, device, strict=True)
-        ],
+        "device": [devices[code] for code in device],
+        "channel": [mail if sent else channels[code] for sent, code in zip(is_mail, device, strict=True)],
         "user_agent": [agents[code] if code >= 0 else NULL for code in rows["agent"].tolist()],
     }
 

@@ -71,7 +71,8 @@ def look_back(world: World, users: Users, own: Rows) -> Past:
     order = np.lexsort((rows["time"], local))
     local, day, category, time = local[order], day[order], category[order], rows["time"][order]
     starts = np.ones(len(order), dtype=bool)
-    starts[1:] = (np.diff(local) != 0) | (np.diff(time) > world.gap_minutes * 60)
+    # Midnight ends a visit too: what comes after it must not tell of the day before.
+    starts[1:] = (np.diff(local) != 0) | (np.diff(day) != 0) | (np.diff(time) > world.gap_minutes * 60)
     number = np.cumsum(starts) - 1
     visits = np.zeros((int(starts.sum()), NUM_CATEGORIES), dtype=bool)
     visits[number, category] = True

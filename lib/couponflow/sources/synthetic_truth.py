@@ -9,7 +9,7 @@
 * ``candidates``: every user and target of every campaign, the holdout included, with ``p0`` and ``p1``
   (chance without and with a coupon), ``tau`` = p1 - p0, the true ``propensity`` and what happened.
 * ``sessions``: the session of each event that is left after cleaning, found by a plain reading of the rule.
-  ``links``: the first user of each visitor.
+  ``links``: the first user of each visitor. ``exclusions``: user-days of bots, scanners and test accounts.
 * ``incidents``: what was done to days and hours, and whether a monitor should call it one.
 
 Ids are those of an open lake: with pseudonyms, users and sessions have other names.
@@ -17,18 +17,31 @@ Ids are those of an open lake: with pseudonyms, users and sessions have other na
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
 from couponflow.sources import synthetic_feeds as feeds
-from couponflow.sources.landing import NULL
-from couponflow.sources.synthetic_rows import BOT, CLEAN, DAY_SECONDS, IS_VALID, KINDS, Rows, take
+from couponflow.sources.landing import NULL, Array
+from couponflow.sources.synthetic_rows import (
+    CLEAN,
+    DAY_SECONDS,
+    IS_VALID,
+    KINDS,
+    MAIL_CLICK,
+    MAIL_OPEN,
+    PURCHASE,
+    SCANNER,
+    Rows,
+    take,
+)
 from couponflow.sources.synthetic_users import SEGMENTS, Users
-from couponflow.sources.synthetic_world import NO_INCIDENTS, World, usual_size
+from couponflow.sources.synthetic_world import NO_INCIDENTS, SHARD_USERS, World, usual_size
 
-#: (resolved) user, time, event id.
-_Event = tuple[str, int, str]
+#: What an id of a visitor who is nobody yet begins with.
+VISITOR = "visitor:"
 
 
 def dirt_lines(world: World, lines: Rows) -> tuple[list[str], dict[str, int]]:
@@ -134,33 +147,86 @@ def link_lines(world: World, links: dict[int, tuple[int, int, int]]) -> list[str
     ]
 
 
-def session_lines(world: World, lines: Rows, links: dict[int, tuple[int, int, int]]) -> list[str]:
-    """The session of each event after cleaning: refused lines, copies and machines are gone.
+@dataclass(frozen=True)
+class Door:
+    """The events that later stages see, and whose user-days they do not: found from the lines alone.
 
-    A visitor's events are those of his first user. Nothing is shared with the pipeline but the rule.
+    ``events``: first deliveries; ``who``: user of each, or his visitor while nobody is logged in; ``day``: of
+    the event; ``is_left_out``: a machine's or test account's, or a mail event of a scanner's day. Purchases
+    always stay. ``reasons``: (who, day) to staff, bot or scanner.
     """
-    kept = take(lines, IS_VALID[lines["kind"]] & (lines["kind"] != BOT))
-    _, first = np.unique(np.column_stack([kept["owner"] // 100, kept["number"]]), axis=0, return_index=True)
+
+    events: Rows
+    who: list[str]
+    day: Array
+    is_left_out: Array
+    reasons: dict[tuple[str, int], str]
+
+
+def read_door(world: World, shards: Sequence[Users], lines: Rows) -> Door:
+    """Apply the cleaning rules to the lines of a group by what is known, not by what they look like."""
+    kept = take(lines, IS_VALID[lines["kind"]])
+    ids = np.column_stack([kept["owner"] // SHARD_USERS, kept["number"], kept["day"]])
+    kept = take(kept, np.lexsort(ids.T[::-1]))
+    _, first = np.unique(
+        np.column_stack([kept["owner"] // SHARD_USERS, kept["number"]]), axis=0, return_index=True
+    )
     kept = take(kept, first)
-    columns = (kept[name].tolist() for name in ("owner", "visitor", "is_known", "time"))
-    by_user: dict[str, list[tuple[int, str]]] = {}
-    for event_id, owner, visitor, known, time in zip(feeds.event_ids(world, kept), *columns, strict=True):
-        if known:
-            who = feeds.user_id(owner)
-        elif visitor in links:
-            who = feeds.user_id(links[visitor][2])
-        else:
-            who = f"visitor:{feeds.visitor_id(visitor)}"
-        by_user.setdefault(who, []).append((time, event_id))
+    local = kept["owner"] - shards[0].owner[0]
+    is_staff = np.concatenate([users.is_staff for users in shards])[local]
+    is_machine = ~np.concatenate([users.is_person for users in shards])[local]
+    is_mail, is_bought = np.isin(kept["type"], (MAIL_OPEN, MAIL_CLICK)), kept["type"] == PURCHASE
+    day = world.day_of(kept["time"])
+    user_day = kept["owner"] * (len(world.days) + 2) + day
+    is_scanned = np.isin(user_day, user_day[kept["kind"] == SCANNER])
+    names = zip(kept["owner"].tolist(), kept["visitor"].tolist(), kept["is_known"].tolist(), strict=True)
+    who = [feeds.user_id(owner) if known else VISITOR + feeds.visitor_id(v) for owner, v, known in names]
+    reasons: dict[tuple[str, int], str] = {}
+    for reason, is_so in (("scanner", is_scanned), ("bot", is_machine), ("staff", is_staff)):
+        for n in np.flatnonzero(is_so & kept["is_known"]).tolist():
+            reasons[who[n], int(day[n])] = reason
+    is_left_out = ~is_bought & kept["is_known"] & (is_machine | is_staff | (is_mail & is_scanned))
+    return Door(kept, who, day, is_left_out, reasons)
+
+
+def exclusion_lines(world: World, door: Door) -> list[str]:
+    """The user-days that are no shopper's."""
+    return [
+        f'{{"user_id":"{who}","event_date":"{world.days[day]}","reason":"{reason}"}}'
+        for (who, day), reason in sorted(door.reasons.items())
+    ]
+
+
+def session_lines(world: World, door: Door, links: dict[int, tuple[int, int, int]]) -> list[str]:
+    """The session of each event behind the read door, and the user it is known to be of in the end.
+
+    Nothing is shared with the pipeline but the rule.
+    """
+    stays = np.flatnonzero(~door.is_left_out)
+    kept = take(door.events, stays)
+    by_user: dict[str, list[tuple[int, str, str]]] = {}
+    columns = (kept[name].tolist() for name in ("time", "visitor", "is_known"))
+    ids = feeds.event_ids(world, kept)
+    for n, event_id, time, visitor, known in zip(stays.tolist(), ids, *columns, strict=True):
+        who = resolved = door.who[n]
+        if not known and visitor in links:
+            resolved = feeds.user_id(links[visitor][2])
+        by_user.setdefault(who, []).append((time, event_id, resolved))
     told = []
     for who, own in sorted(by_user.items()):
         own.sort()
-        starts = session_starts(world, [time for time, _ in own])
-        for (_, event_id), start in zip(own, starts, strict=True):
-            content = f"{who}|{start * 1_000_000}".encode()
-            name = hashlib.sha256(content).hexdigest()[:32]
-            told.append(f'{{"event_id":"{event_id}","user_id":"{who}","session_id":"{name}"}}')
+        starts = session_starts(world, [event[0] for event in own])
+        names = {start: session_id(who, start) for start in set(starts)}
+        told += [
+            f'{{"event_id":"{event_id}","user_id":"{user}","session_id":"{names[start]}"}}'
+            for (_, event_id, user), start in zip(own, starts, strict=True)
+        ]
     return told
+
+
+def session_id(who: str, start: int) -> str:
+    """Name of a session: from its user and its first second."""
+    return hashlib.sha256(f"{who}|{start * 1_000_000}".encode()).hexdigest()[:32]
 
 
 def session_starts(world: World, times: list[int]) -> list[int]:

@@ -97,7 +97,7 @@ def draw_users(world: World, shard: int) -> tuple[Users, Rows]:
     merges = every(owner, dials.merge_share * dirt, 3) & person
     skewed = every(owner, dials.skew_share * dirt, 17) & person
     rate = rng.gamma(1.5, dials.rate / 1.5, SHARD_USERS)
-    long_term = rng.integers(0, NUM_CATEGORIES, (SHARD_USERS, 3))
+    long_term = rng.random((SHARD_USERS, NUM_CATEGORIES)).argsort(axis=1)[:, :3]
     segment = rng.choice(len(SEGMENTS), SHARD_USERS, p=SEGMENT_SHARES)
     tier = rng.integers(0, 3, SHARD_USERS)
     period = PERIODS[rng.integers(0, len(PERIODS), SHARD_USERS)]
