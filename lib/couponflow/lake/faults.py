@@ -6,7 +6,8 @@ Points:
                 ``after_record`` (record written, lease still held);
     of a table  ``before_write``, ``during_write`` (data files lie there, no commit), ``after_commit``.
 Actions: ``kill`` (SIGKILL of the driver), ``stop`` (SIGSTOP of it), ``exc`` (an infrastructure error),
-``enospc`` (a full disk), ``sleep`` (five seconds).
+``enospc`` (a full disk), ``sleep`` (five seconds); only during a write also ``kill_worker`` (SIGKILL of the
+Python worker), ``kill_executor`` and ``end_executor`` (SIGKILL and SIGTERM of its JVM, on ``local-cluster``).
 A fault fires once per lake: a marker file, created exclusively, lies in the lake's folder. Any master that is
 not local, and any lake that is not a folder, is refused: no deployed run can have a fault.
 """
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 VARIABLE = "COUPONFLOW_FAULT"
 POINTS = ("before_run", "before_record", "after_record", "before_write", "during_write", "after_commit")
-ACTIONS = ("kill", "stop", "exc", "enospc", "sleep")
+ACTIONS = ("kill", "stop", "exc", "enospc", "sleep", "kill_worker", "kill_executor", "end_executor")
+_SIGNALS = {"stop": signal.SIGSTOP, "end_executor": signal.SIGTERM}
 _SLEEP_SECONDS = 5.0
 
 
@@ -104,5 +106,17 @@ def _act(root_uri: str, process: int) -> None:
     if action == "sleep":
         time.sleep(_SLEEP_SECONDS)
         return
-    os.kill(process, signal.SIGKILL if action == "kill" else signal.SIGSTOP)
+    if action == "kill_worker":
+        process = os.getpid()
+    elif action.endswith("_executor"):
+        process = _parent_jvm(os.getpid())
+    os.kill(process, _SIGNALS.get(action, signal.SIGKILL))
     time.sleep(_SLEEP_SECONDS)  # the worker waits for the driver's end, and hands nothing on meanwhile
+
+
+def _parent_jvm(process: int) -> int:
+    """The executor that started this Python worker: the nearest ``java`` above it."""
+    while Path(f"/proc/{process}/comm").read_text().strip() != "java":
+        # After the name in brackets, which may hold blanks: state, then the parent.
+        process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return process
