@@ -1,10 +1,10 @@
-"""raw events -> events, quarantine, user_days, for a range of ingest dates. Safe to rerun."""
+"""raw events -> events, quarantine, identity_links, user_days, for a range of ingest dates. Safe to rerun."""
 
 from pyspark.sql import SparkSession
 
 from couponflow.entry import ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
-from couponflow.lake import tables
-from couponflow.sequences import events, feeds
+from couponflow.lake import erased, tables
+from couponflow.sequences import events, feeds, identity, robots
 
 app = job_app(__doc__)
 
@@ -12,17 +12,24 @@ app = job_app(__doc__)
 @tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Replace the events of the ingest dates, then the user days that they touch."""
-    lake, settings = job.config.lake, job.config.events
+    lake, settings, root_uri = job.config.lake, job.config.events, job.root_uri
     key = feeds.load_key(settings)
-    delivery = feeds.find_delivery(job.root_uri, "events", job.dates, lake.closed_days)
+    delivery = feeds.find_delivery(root_uri, "events", job.dates, lake.closed_days, job.config.feeds.events)
     job.facts.update(feeds.delivery_facts(delivery, key))
-    raw = feeds.read_raw(spark, delivery, key)
+    raw = feeds.read_raw(spark, delivery, key, erased.load(root_uri))
     cleaned = events.clean(raw, settings, lake.time_zone, lake.lateness_days)
-    job.rows.update(feeds.publish(cleaned, job.root_uri, job.dates, job.run_id))
+    counts = feeds.publish(
+        cleaned, root_uri, job.dates, job.run_id, lambda rows: {"identity_links": identity.new_links(rows)}
+    )
+    job.rows.update(counts)
     touched = events.touched_dates(job.dates, lake.lateness_days)
-    first = events.read_first_deliveries(spark, job.root_uri, touched)
-    days = events.build_user_days(first, lake.time_zone)
-    job.rows["user_days"] = tables.overwrite(days, job.root_uri, "user_days", touched, job.run_id)
+    first = events.read_first_deliveries(spark, root_uri, touched)
+    days = robots.build_user_days(first, lake.time_zone, settings, robots.staff_ids(settings, key))
+    job.rows["user_days"] = tables.overwrite(days, root_uri, "user_days", touched, job.run_id)
+    job.facts["exclusions"] = robots.summary(spark, root_uri, touched)
+    job.facts["shared_visitors"] = (
+        identity.shared_visitors(spark, root_uri, job.dates) if counts["identity_links"] else 0
+    )
 
 
 @app.command()

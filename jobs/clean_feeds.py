@@ -3,7 +3,7 @@
 from pyspark.sql import SparkSession
 
 from couponflow.entry import ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
-from couponflow.lake import tables
+from couponflow.lake import erased, tables
 from couponflow.sequences import feeds
 
 app = job_app(__doc__)
@@ -13,18 +13,19 @@ app = job_app(__doc__)
 def run(spark: SparkSession, job: Run) -> None:
     """Check every feed before the first write, then replace the ingest dates of each table."""
     key = feeds.load_key(job.config.events)
-    deliveries = feeds.find_other_deliveries(job.root_uri, job.dates, job.config.lake.closed_days)
+    config, do_not_ingest = job.config, erased.load(job.root_uri)
+    deliveries = feeds.find_other_deliveries(job.root_uri, job.dates, config.lake.closed_days, config.feeds)
     for delivery in deliveries:
         job.facts[delivery.feed] = feeds.delivery_facts(delivery, key)
-        raw = feeds.read_raw(spark, delivery, key)
-        cleaned = feeds.clean_feed(raw, delivery.feed, job.config.lake.time_zone)
+        raw = feeds.read_raw(spark, delivery, key, do_not_ingest)
+        cleaned = feeds.clean_feed(raw, delivery.feed, config.lake.time_zone)
         counts = feeds.publish(cleaned, job.root_uri, job.dates, job.run_id)
         job.rows.update(feeds.with_feed_name(counts, delivery.feed))
 
 
 @app.command()
 def main(config: ConfigPath, dates: Dates, overrides: Overrides = None, log_json: LogJson = False) -> None:
-    """Validate and de-duplicate orders, redemptions, sends, campaigns, consents, users and catalogue."""
+    """Validate and de-duplicate every feed but events."""
     with open_run("clean_feeds", config, overrides, dates, log_json=log_json) as job:
         run(tables.spark_session(job.config.spark, f"clean_feeds {dates}"), job)
 

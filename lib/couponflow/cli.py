@@ -206,22 +206,46 @@ def status(
 
 @app.command()
 def check(
-    contract: Annotated[bool, typer.Option("--contract", help="Print the feeds' columns.")] = False,
+    feed: Annotated[str, typer.Argument(help="Only this feed of the contract.")] = "",
+    contract: Annotated[bool, typer.Option("--contract", help="Print what each feed delivers.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Print the data contract of the raw feeds.
+    """Print the data contract of the raw feeds: columns with examples, reasons of refusal, drift rules.
 
-    Example: couponflow check --contract
+    Example: couponflow check --contract events
     """
     with _errors_as_exit_codes():
         if not contract:
             raise ConfigError("nothing to check; give --contract")
-        for feed in contracts.FEEDS.values():
-            cadence = "every day" if feed.daily else "when something changed"
-            console.show_rows(
-                f"{feed.name}: raw/{feed.name}/ingest_date=D/*.jsonl, {cadence}",
-                ["column", "type", "null", "meaning"],
-                [[c.name, c.type, "yes" if c.nullable else "no", c.comment] for c in feed.columns],
-            )
+        if feed and feed not in contracts.FEEDS:
+            raise ConfigError(f"unknown feed {feed!r}; one of {', '.join(contracts.FEEDS)}")
+        found = [contracts.FEEDS[name].describe() for name in ([feed] if feed else contracts.FEEDS)]
+        if as_json:
+            console.show_json(found)
+            return
+        for one in found:
+            _show_contract(one)
+        kinds = {f".{extension}": text for extension, text in contracts.KINDS.items()}
+        _show_pairs("Files, on disk or gs://", ["extension", "what it is"], kinds)
+        _show_pairs("When a delivery is not as declared", ["found", "what happens"], contracts.DRIFT_RULES)
+
+
+def _show_contract(feed: dict[str, Any]) -> None:
+    rows = [
+        [c["name"], c["type"], "yes" if c["nullable"] else "no", c["meaning"], _example(c["example"])]
+        for c in feed["columns"]
+    ]
+    title = f"{feed['feed']}: {feed['place']}, {feed['cadence']}"
+    console.show_rows(title, ["column", "type", "null", "meaning", "example"], rows)
+    _show_pairs(f"{feed['feed']}: why a row goes to quarantine", ["reason", "meaning"], feed["reasons"])
+
+
+def _show_pairs(title: str, columns: list[str], pairs: dict[str, str]) -> None:
+    console.show_rows(title, columns, [list(pair) for pair in pairs.items()])
+
+
+def _example(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 @models_app.command("list")

@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin
 from pydantic import ValidationError
 
 from couponflow.errors import ConfigError
+from couponflow.mappings import FeedsConfig
 from couponflow.sections import (
     ConversionsConfig,
     EvaluationConfig,
@@ -45,6 +46,7 @@ class Config(Section):
     source: SourceConfig = SourceConfig()
     world: WorldConfig = WorldConfig()
     events: EventsConfig = EventsConfig()
+    feeds: FeedsConfig = FeedsConfig()
     sessions: SessionsConfig = SessionsConfig()
     conversions: ConversionsConfig = ConversionsConfig()
     vocabulary: VocabularyConfig = VocabularyConfig()

@@ -110,11 +110,17 @@ def plan(config: Config) -> list[Stage]:
     fit = ("model", "training")
     return [
         Stage("land", data, ("lake", "source", "world", "sessions.gap_minutes", "run"), uses_spark=False),
-        Stage("clean_events", data, ("lake", "events"), ("land",), ("events", "user_days")),
+        Stage(
+            "clean_events",
+            data,
+            ("lake", "events", "feeds"),
+            ("land",),
+            ("events", "user_days", "identity_links"),
+        ),
         Stage(
             "clean_feeds",
             data,
-            ("lake", "events"),
+            ("lake", "events", "feeds"),
             ("land",),
             ("orders", "sends", "campaigns", "redemptions", "consents", "users", "catalogue", "costs"),
         ),

@@ -11,8 +11,8 @@ from couponflow.lake.leases import WHOLE_LAKE, Scope
 #: Sections and single values of the config on which the rows of a job depend. Where the lake lies does not
 #: change them, nor does a closed day.
 READS: dict[str, tuple[str, ...]] = {
-    "clean_events": ("lake.time_zone", "lake.lateness_days", "events"),
-    "clean_feeds": ("lake.time_zone", "events.pseudonymise", "events.key_version"),
+    "clean_events": ("lake.time_zone", "lake.lateness_days", "events", "feeds.events"),
+    "clean_feeds": ("lake.time_zone", "events.pseudonymise", "events.key_version", "feeds"),
     "sessionize": ("sessions",),
     "attribute_conversions": ("lake.time_zone", "conversions"),
     "build_vocabulary": ("vocabulary",),

@@ -79,6 +79,63 @@ class EventsConfig(Section):
         default="COUPONFLOW_USER_KEY", description="Environment variable that holds the pseudonym key."
     )
     key_version: str = Field(default="v1", description="Name of the key, stored in the run record.")
+    bot_agents: Annotated[tuple[Annotated[str, Field(min_length=2)], ...], Loose] = Field(
+        default=("bot", "crawler", "spider", "headless", "python-requests", "curl"),
+        description="An event whose user agent holds one of these, in any case, is automated.",
+    )
+    bot_agent_share: float = Field(
+        default=0.5,
+        ge=0.0,
+        le=1.0,
+        description="A user-day with a larger share of automated events is a bot's; 1 switches the rule off.",
+    )
+    bot_max_events: int = Field(
+        default=2_000,
+        ge=0,
+        description="Events a day. A user-day with more of them and no purchase is a bot's; 0: rule off.",
+    )
+    bot_min_events: int = Field(
+        default=100,
+        ge=0,
+        description="Events a day. Only a user-day with more (purchases not counted) can be a bot's by "
+        "rhythm or breadth. Lower finds more bots and more keen visitors.",
+    )
+    bot_gap_seconds: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=3600.0,
+        description="Seconds. Rhythm: most events follow their predecessor within this; 0: rule off.",
+    )
+    bot_max_items: int = Field(
+        default=3,
+        ge=0,
+        description="Breadth: no purchase, and all events with an item are on at most so many items; "
+        "0: rule off.",
+    )
+    bot_max_categories: int = Field(
+        default=50,
+        ge=0,
+        description="Breadth: no purchase, and more categories than this in one day; 0: rule off.",
+    )
+    staff_user_ids: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Loose] = Field(
+        default=(),
+        description="Staff and test accounts, as delivered; they become pseudonyms like all ids.",
+    )
+    scanner_min_clicks: int = Field(
+        default=3,
+        ge=0,
+        description="Clicks. A user-day with so many mail clicks within scanner_burst_seconds is a mail "
+        "scanner's; 0 and 1: rule off.",
+    )
+    scanner_burst_seconds: float = Field(
+        default=10.0, ge=0.0, le=3600.0, description="Seconds for scanner_min_clicks."
+    )
+    scanner_click_seconds: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=3600.0,
+        description="Seconds. A mail click so soon after a mail open is a mail scanner's; 0: rule off.",
+    )
 
 
 class SessionsConfig(Section):

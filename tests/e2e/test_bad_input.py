@@ -14,7 +14,7 @@ from pyspark.sql import SparkSession
 from typer.testing import CliRunner
 
 from couponflow import pipeline
-from couponflow.lake import runs
+from couponflow.lake import erased, runs, tables
 
 CONFIG = """
 [lake]
@@ -156,6 +156,88 @@ def test_a_new_column_is_accepted_and_reported(lake: Lake) -> None:
 def test_a_closed_day_gives_no_rows(lake: Lake) -> None:
     assert lake.run("clean_events", "2024-01-03").exit_code == 0
     assert runs.load_all(str(lake.root), "clean_events")[-1].rows["events"] == 0
+
+
+def last(lake: Lake) -> runs.RunRecord:
+    return runs.load_all(str(lake.root), "clean_events")[-1]
+
+
+def test_a_file_delivered_twice_adds_nothing(lake: Lake, spark: SparkSession) -> None:
+    lake.deliver("events", DAYS[1], [event(n, DAYS[1]) for n in range(5)])
+    assert lake.run("clean_events", DAYS[1]).exit_code == 0
+    before = tables.content_hash(tables.read(spark, str(lake.root), "events"))
+    copy = lake.path("events", DAYS[1]).with_name("part-0001.jsonl")
+    copy.write_bytes(lake.path("events", DAYS[1]).read_bytes())
+    assert lake.run("clean_events", DAYS[1]).exit_code == 0
+    copy.unlink()
+    assert (last(lake).rows["duplicates_exact"], last(lake).rows["duplicates_conflicting"]) == (5, 0)
+    assert tables.content_hash(tables.read(spark, str(lake.root), "events")) == before
+
+
+@pytest.mark.parametrize(("delivered", "declared"), [(1_000, "s"), (1, "ms")], ids=["ms as s", "s as ms"])
+def test_a_wrong_unit_of_time_is_clock_skew_and_the_right_one_is_not(
+    lake: Lake, delivered: int, declared: str
+) -> None:
+    second = 1_704_189_600  # 2024-01-02 10:00 UTC
+    times = {name: second * delivered for name in ("event_time", "ingest_time")}
+    lake.deliver("events", DAYS[1], [event(n, DAYS[1], **times) for n in range(5)])
+    for unit, kept in ((declared, 0), ({1: "s", 1_000: "ms"}[delivered], 5)):
+        done = lake.run("clean_events", DAYS[1], "--set", f"feeds.events.time_unit={unit}")
+        assert done.exit_code == 0, done.output
+        assert (last(lake).rows["events"], last(lake).rows.get("quarantine_clock_skew", 0)) == (
+            kept,
+            5 - kept,
+        )
+
+
+def test_poison_rows_are_named_and_touch_nobody_else(lake: Lake, spark: SparkSession) -> None:
+    """Null user, 10 MB text, NaN price, bad UTF-8, deep nesting, a hot key of half the rows, a hot user."""
+    day = DAYS[1]
+    good = [event(n, day) for n in range(50)]
+
+    def stored() -> str:
+        rows = tables.read(spark, str(lake.root), "events").where(f"ingest_date = DATE '{day}'")
+        return tables.content_hash(rows.where("user_id not in ('hot', 'huge')"))
+
+    lake.deliver("events", day, good)
+    assert lake.run("clean_events", day).exit_code == 0
+    wanted = stored()
+    poison = [
+        event(1, day, event_id="p0", user_id=None),
+        event(1, day, event_id="p1", item_id="x" * 10_000_000),
+        event(1, day, event_id="p2", price=float("nan")),
+        event(1, day, event_id="p3", user_id={"id": None}),
+    ]
+    hot = [event(1, day, event_id="same", user_id="hot") for _ in range(3_000)]
+    huge = [event(n % 60, day, event_id=f"h{n}", user_id="huge", item_id=f"i{n}") for n in range(3_000)]
+    lake.deliver("events", day, [*good[:25], *poison, *hot, *huge, *good[25:]])
+    with lake.path("events", day).open("ab") as file:
+        file.write(b'{"event_id": "\xff\xfe"}\n' + b"[" * 100_000 + b"\n")
+    assert lake.run("clean_events", day).exit_code == 0
+    rows = last(lake).rows
+    assert (rows["quarantine_missing_user"], rows["quarantine_negative_price"]) == (1, 1)
+    assert rows["quarantine_malformed_record"] == 4
+    assert (rows["duplicates_exact"], rows["events"]) == (2_999, 50 + 1 + 3_000)
+    assert stored() == wanted
+    exclusions = last(lake).facts["exclusions"]
+    assert (exclusions["bot"]["user_days"], exclusions["bot"]["events"]) == (1, 3_000)
+
+
+def test_an_erased_user_is_not_brought_back(lake: Lake, spark: SparkSession) -> None:
+    lake.deliver("events", DAYS[1], [event(n, DAYS[1]) for n in range(5)])
+    erased.add(str(lake.root), ["u3"])
+    assert lake.run("clean_events", "2024-01-01:2024-01-02").exit_code == 0
+    assert (last(lake).rows["erased"], last(lake).rows["events"], last(lake).rows["raw_rows"]) == (2, 8, 10)
+    for table in ("events", "user_days"):
+        assert tables.read(spark, str(lake.root), table).where("user_id = 'u3'").count() == 0
+
+
+def test_a_sender_keeps_his_column_names(lake: Lake) -> None:
+    rows = [event(n, DAYS[0]) for n in range(5)]
+    lake.deliver("events", DAYS[0], [{"customer_no": row.pop("user_id"), **row} for row in rows])
+    assert lake.run("clean_events", DAYS[0]).exit_code == 3
+    done = lake.run("clean_events", DAYS[0], "--set", "feeds.events.columns={user_id='customer_no'}")
+    assert (done.exit_code, last(lake).facts["new_columns"]) == (0, []), done.output
 
 
 def test_failures_are_on_record(lake: Lake) -> None:

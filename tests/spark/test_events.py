@@ -17,7 +17,7 @@ from couponflow.entry import Run, record_run
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import contracts, tables
 from couponflow.sections import EventsConfig, QuarantineRule
-from couponflow.sequences import events, feeds
+from couponflow.sequences import events, feeds, robots
 from jobs import clean_events
 
 DAY = date(2024, 1, 10)
@@ -169,7 +169,10 @@ def test_the_first_delivery_wins_and_excluded_users_keep_their_purchases(
     spark: SparkSession, root_uri: str
 ) -> None:
     def views(user: str, count: int, seconds: float, **over: Any) -> list[dict[str, Any]]:
-        return [make_event(user, n * seconds / 60, event_type="view", **over) for n in range(count)]
+        return [
+            make_event(user, n * seconds / 60, event_type="view", item_id=f"i{n % 40}", **over)
+            for n in range(count)
+        ]
 
     late = {"ingest_date": DAY + timedelta(days=1), "ingest_time": datetime(2024, 1, 11, tzinfo=UTC)}
     rows = [
@@ -185,7 +188,7 @@ def test_the_first_delivery_wins_and_excluded_users_keep_their_purchases(
     ]
     dates = DateRange.parse("2024-01-10:2024-01-11")
     tables.overwrite(make_frame(spark, "events", rows), root_uri, "events", dates)
-    days = events.build_user_days(events.read_first_deliveries(spark, root_uri, dates), "UTC")
+    days = robots.build_user_days(events.read_first_deliveries(spark, root_uri, dates), "UTC", EventsConfig())
     tables.overwrite(days, root_uri, "user_days", dates)
     shown = {row["user_id"]: row for row in tables.read(spark, root_uri, "user_days").collect()}
     assert {user for user, row in shown.items() if row["exclusion_reason"] == "bot"} == {"bot", "tireless"}
@@ -226,7 +229,9 @@ def test_a_late_delivery_flips_no_flag_of_a_day_that_is_over(spark: SparkSession
     seen, all_ = (
         {
             row["user_id"]: (row["exclusion_reason"], row["num_events"])
-            for row in events.build_user_days(make_frame(spark, "events", rows), zone).collect()
+            for row in robots.build_user_days(
+                make_frame(spark, "events", rows), zone, EventsConfig()
+            ).collect()
         }
         for rows in (in_time, in_time + late)
     )

@@ -16,9 +16,9 @@ import pytest
 
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import contracts
+from couponflow.lake import contracts, erased
 from couponflow.sections import EventsConfig
-from couponflow.sequences import feeds, records
+from couponflow.sequences import coercion, feeds, records
 
 DAY = date(2024, 1, 10)
 KEY = records.PseudonymKey("v1", b"0123456789abcdef")
@@ -229,7 +229,7 @@ def test_a_file_without_one_readable_record_stops(tmp_path: Path) -> None:
         ),
         ([{k: v for k, v in order().items() if k != "shop_id"}], "shop_id: expected string, found no such"),
         ([order(total_amount="2.5")] * 2, "total_amount: expected double, found string"),
-        ([order(order_time=1704873600000)] * 2, "order_time: expected timestamp, found number"),
+        ([order(order_time=1704873600000)] * 2, "order_time: expected timestamp as iso, found number"),
         ([order(shop_id=7)], "shop_id: expected string, found number"),
     ],
 )
@@ -253,12 +253,117 @@ def test_a_parquet_file_of_another_type_or_cut_short_stops(tmp_path: Path) -> No
         find(tmp_path)
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "magic", "footer", "text"])
+def test_a_damaged_parquet_file_is_named(tmp_path: Path, damage: str) -> None:
+    whole = parquet(shop_id=pa.array(["s1"] * 1_000))
+    content = {
+        "cut": whole[: len(whole) // 2],
+        "empty": b"",
+        "magic": b"ORC1" + whole[4:-4] + b"ORC1",
+        "footer": whole[:-200] + bytes(b ^ 0xFF for b in whole[-200:-8]) + whole[-8:],
+        "text": lines(order()),
+    }[damage]
+    land(tmp_path, "2024-01-10", content, "part-3.parquet")
+    with pytest.raises(
+        DataError, match=r"part-3\.parquet: not readable as Parquet .*; deliver the file again"
+    ):
+        find(tmp_path)
+
+
+def test_columns_in_another_order_and_columns_of_nulls_are_no_drift(tmp_path: Path) -> None:
+    row = order(shop_id=None, order_status=None)
+    land(tmp_path, "2024-01-10", lines(dict(reversed(row.items()))), "a.jsonl")
+    land(tmp_path, "2024-01-10", parquet(shop_id=pa.nulls(1)), "a.parquet")
+    assert find(tmp_path).new_columns == ()
+    assert parse(lines(dict(reversed(row.items())))) == parse(lines(row))
+
+
 def test_an_unknown_kind_of_file_stops(tmp_path: Path) -> None:
     land(tmp_path, "2024-01-10", b"", "a.xlsx")
     with pytest.raises(DataError, match=r"a\.xlsx: unknown kind"):
         find(tmp_path)
 
 
+def parquet(**columns: pa.Array) -> bytes:
+    target = io.BytesIO()
+    size = max(len(column) for column in columns.values())
+    texts = {"order_id": pa.array([f"o{n}" for n in range(size)]), "user_id": pa.array(["u1"] * size)}
+    times = {"order_time": pa.array([datetime(2024, 1, 10, 8, tzinfo=UTC)] * size)}
+    amounts = {"total_amount": pa.array([2.5] * size)}
+    rest = {name: pa.nulls(size) for name in ("shop_id", "order_status", "status_time")}
+    pq.write_table(pa.table(texts | times | amounts | rest | columns), target)
+    return target.getvalue()
+
+
+def test_a_bad_value_of_a_parquet_file_is_one_bad_row() -> None:
+    rows = parse(parquet(shop_id=pa.array([b"ok", b"\xff\xfe", b"x" * 10_000_000, None, b""])), "a.parquet")
+    assert [row["_corrupt"] for row in rows] == [False, True, True, False, False]
+    assert [row["shop_id"] for row in rows] == ["ok", None, None, None, ""]
+    coded = pa.array(["s1", None, "s1"]).dictionary_encode()
+    assert [r["shop_id"] for r in parse(parquet(shop_id=coded), "a.parquet")] == ["s1", None, "s1"]
+    texts = pa.array(["2024-01-10T09:00:00+01:00", "noon", None])
+    found = parse(parquet(order_time=texts), "a.parquet")
+    assert [(r["order_time"], r["_corrupt"]) for r in found] == [
+        (datetime(2024, 1, 10, 8, tzinfo=UTC), False),
+        (None, False),
+        (None, False),
+    ]
+    nanos = pa.array([1_704_873_600_000_000_001], pa.timestamp("ns"))
+    assert parse(parquet(order_time=nanos), "a.parquet")[0]["order_time"] == datetime(
+        2024, 1, 10, 8, tzinfo=UTC
+    )
+    whole = pa.array([4], pa.int64())
+    assert parse(parquet(total_amount=whole), "a.parquet")[0]["total_amount"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ({"user_id": pa.array([7])}, "user_id: expected string, found int64"),
+        ({"total_amount": pa.array(["2.5"])}, "total_amount: expected double, found string"),
+        ({"order_time": pa.array([1_704_873_600])}, "order_time: expected timestamp as iso, found int64"),
+    ],
+)
+def test_a_parquet_column_of_another_type_stops(tmp_path: Path, column: Any, words: str) -> None:
+    land(tmp_path, "2024-01-10", parquet(**column), "a.parquet")
+    with pytest.raises(DataError, match=words):
+        find(tmp_path)
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("extra", [[], [b"{broken"]], ids=["fast", "patient"])
+def test_of_an_erased_person_the_position_is_left(tmp_path: Path, key: Any, extra: list[bytes]) -> None:
+    ids = [records.pseudonym(name, key) for name in ("gone", "cookie", "visitor")]
+    listed = erased.add(str(tmp_path), [ids[0], ids[1], f"visitor:{ids[2]}"])
+    named = [("u1", None), ("gone", None), ("u1", "cookie"), (None, "visitor"), ("gone", "x"), (None, None)]
+    rows = [contracts.FEEDS["events"].example | {"user_id": u, "visitor_id": v} for u, v in named]
+    file = records.RawFile(DAY, "a.jsonl", "a.jsonl")
+    content = lines(*rows, *extra)
+    table = records.parse_file(file, content, "events", key, erased=listed)
+    found = table.to_pylist()[:6]
+    assert [row["_erased"] for row in found] == [False, True, True, True, True, False]
+    assert [row["row_number"] for row in found] == list(range(6))
+    names = [column.name for column in contracts.FEEDS["events"].columns]
+    assert all(row[name] is None for row in found if row["_erased"] for name in names)
+    assert found[0] == records.parse_file(file, content, "events", key).to_pylist()[0]
+    for feed in contracts.FEEDS:  # every column type can be blanked
+        example = contracts.FEEDS[feed].example | {"user_id": "gone"}
+        row = records.parse_file(file, lines(example), feed, key, erased=listed).to_pylist()[0]
+        assert row["_erased"] == ("user_id" in contracts.FEEDS[feed].example), feed
+
+
+def test_a_day_is_spread_by_the_bytes_of_its_delivery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeds, "_TASK_BYTES", 1_000)
+    land(tmp_path, "2024-01-10", lines(order()))
+    land(tmp_path, "2024-01-11", lines(*[order()] * 20), "a.jsonl")
+    land(tmp_path, "2024-01-11", lines(order()), "b.jsonl")
+    size = len(lines(*[order()] * 21))
+    files = find(tmp_path, "2024-01-10:2024-01-11").files
+    assert [file.spread for file in files] == [1, 1 + size // 1_000, 1 + size // 1_000]
+
+
 def test_every_feed_has_arrow_types() -> None:
     for feed in contracts.FEEDS.values():
-        assert records.arrow_schema(feed.columns).names == [column.name for column in feed.columns]
+        assert coercion.arrow_schema(feed.columns).names == [column.name for column in feed.columns]

@@ -102,6 +102,15 @@ def test_what_a_killed_writer_left_is_not_listed(tmp_path: Path) -> None:
     assert storage.list_names(str(tmp_path)) == ["a.json"]
 
 
+def test_sizes_are_those_of_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"12345")
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / ".hidden").write_bytes(b"1")
+    assert storage.list_sizes(str(tmp_path)) == {"a.jsonl": 5, "empty": 0, "folder": 0}
+    assert storage.list_sizes(str(tmp_path / "nowhere")) == {}
+
+
 def test_missing_objects_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.json does not exist"):
         storage.read_bytes(str(tmp_path / "gone.json"))

@@ -170,6 +170,7 @@ def test_every_page_is_listed_and_downloaded(store: Store, tmp_path: Path) -> No
     for name in names:
         store.put(f"lake/x/{name}", name.encode(), None)
     assert storage.list_names(f"{BUCKET}/x") == ["a", "b", "c.json", "d.json", "e", "f"]
+    assert storage.list_sizes(f"{BUCKET}/x") == dict.fromkeys("abef", 0) | {"c.json": 6, "d.json": 6}
     folder = storage.download_folder(f"{BUCKET}/x", tmp_path)
     assert list(storage.walk(str(folder))) == names[:-1]
     assert (folder / "e" / "1").read_bytes() == b"e/1"

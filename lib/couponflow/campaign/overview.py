@@ -188,25 +188,8 @@ def conservation(config: Config, records: Records) -> list[dict[str, Any]]:
     A door is shown when both of its sides are on record.
     """
     campaign = config.run.campaign_id
-    doors = [
-        _door(
-            "events",
-            _rows(records, "clean_events", "raw_rows"),
-            _rows(records, "clean_events", "events"),
-            _rows(records, "clean_events", "quarantine") or 0,
-            _rows(records, "clean_events", "duplicates") or 0,
-        )
-    ]
-    doors += [
-        _door(
-            feed,
-            _rows(records, "clean_feeds", f"{feed}_raw_rows"),
-            _rows(records, "clean_feeds", feed),
-            _rows(records, "clean_feeds", f"{feed}_quarantine") or 0,
-            _rows(records, "clean_feeds", f"{feed}_duplicates") or 0,
-        )
-        for feed in contracts.FEEDS
-    ]
+    doors = [_delivery_door(records, "clean_events", "events", "")]
+    doors += [_delivery_door(records, "clean_feeds", feed, f"{feed}_") for feed in contracts.FEEDS]
     built = records["build_examples"].facts if "build_examples" in records else {}
     left_out = built.get("left_out", {})
     doors.append(
@@ -255,6 +238,21 @@ def conservation(config: Config, records: Records) -> list[dict[str, Any]]:
 
 def _rows(records: Records, stage: str, name: str) -> int | None:
     return records[stage].rows.get(name) if stage in records else None
+
+
+def _delivery_door(records: Records, stage: str, feed: str, prefix: str) -> dict[str, Any] | None:
+    erased = _rows(records, stage, f"{prefix}erased") or 0
+    conflicting = _rows(records, stage, f"{prefix}duplicates_conflicting") or 0
+    notes = {"conflicting duplicates": conflicting, "of erased people": erased}
+    return _door(
+        feed,
+        _rows(records, stage, f"{prefix}raw_rows"),
+        _rows(records, stage, feed),
+        _rows(records, stage, f"{prefix}quarantine") or 0,
+        _rows(records, stage, f"{prefix}duplicates") or 0,
+        left_out=erased,
+        note=", ".join(f"{number} {what}" for what, number in notes.items() if number),
+    )
 
 
 def _door(

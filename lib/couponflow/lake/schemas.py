@@ -112,6 +112,7 @@ TABLES: dict[str, Table] = {
                 _required("event_date", "date", "business day"),
                 _required("num_events", "bigint", "events of the user on that day"),
                 _required("num_purchases", "bigint", "purchases among them"),
+                _required("num_mail_clicks", "bigint", "mail clicks among them"),
                 Column("exclusion_reason", "string", "bot, scanner or staff; null = kept"),
             ),
         ),

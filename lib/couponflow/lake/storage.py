@@ -134,17 +134,25 @@ def replace(uri: str, content: bytes, expected: bytes | None) -> None:
 
 def list_names(uri: str) -> list[str]:
     """Names directly below a prefix, files and folders, sorted; a missing folder has none."""
+    return sorted(list_sizes(uri))
+
+
+def list_sizes(uri: str) -> dict[str, int]:
+    """Names directly below a prefix with their bytes, folders with 0; a missing folder has none."""
     if is_remote(uri):
         with _store_errors(uri):
             bucket, prefix = _split(uri.rstrip("/") + "/")
             pages = bucket.list_blobs(prefix=prefix, delimiter="/")
-            names = {blob.name.removeprefix(prefix) for blob in pages}  # reads every page
-            names |= {folder.removeprefix(prefix).rstrip("/") for folder in pages.prefixes}
-        return sorted(name for name in names if name)
+            sizes = {blob.name.removeprefix(prefix): int(blob.size or 0) for blob in pages}  # every page
+            sizes |= {folder.removeprefix(prefix).rstrip("/"): 0 for folder in pages.prefixes}
+        return {name: size for name, size in sizes.items() if name}
     path = Path(uri)
     with _disk_errors(uri):
-        names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-    return sorted(name for name in names if not name.startswith("."))
+        entries = list(os.scandir(path)) if path.is_dir() else []
+    # A hidden file may be gone by now: it is another writer's.
+    shown = [entry for entry in entries if not entry.name.startswith(".")]
+    with _disk_errors(uri):
+        return {entry.name: entry.stat().st_size if entry.is_file() else 0 for entry in shown}
 
 
 def sizes(uri: str) -> dict[str, int]:

@@ -21,7 +21,7 @@ from couponflow.dates import MAX_DAYS, DateRange, day_start
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import layouts, tables
 from couponflow.sections import ExamplesConfig
-from couponflow.sequences import aggregates, conversions, events, histories, packing, vocabulary
+from couponflow.sequences import aggregates, conversions, events, histories, identity, packing, vocabulary
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -119,6 +119,7 @@ def read_inputs(spark: SparkSession, config: Config, last: date) -> Inputs:
     version = vocabulary.current(root_uri).version
     terms = vocabulary.load(spark, root_uri, version)
     raw = events.read_events(spark, root_uri, DateRange(last - timedelta(days=MAX_DAYS), last))
+    raw = identity.resolve(raw, identity.links(spark, root_uri))
 
     def read_first(table: str, key: str) -> DataFrame:
         return conversions.first_deliveries(tables.read(spark, root_uri, table), key)

@@ -1,5 +1,7 @@
 """Delivered files as Arrow tables: JSON Lines, CSV, Parquet; positions, broken records, pseudonyms, drift.
 
+A sender's own column names and unit of time come from a ``FeedMapping``; what leaves this module has the
+declared names and types. Erased people end here: of their records only the positions are left.
 No Spark here: the functions run inside Spark's Python workers and in unit tests without a JVM.
 """
 
@@ -9,10 +11,9 @@ import hashlib
 import hmac
 import io
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import date
 from typing import Any
 
 import pyarrow as pa
@@ -22,11 +23,26 @@ import pyarrow.parquet as pq
 
 from couponflow.errors import DataError
 from couponflow.lake import contracts, schemas, storage
+from couponflow.lake.erased import Erased
+from couponflow.mappings import FeedMapping
+from couponflow.sequences.coercion import (
+    MAX_TEXT,
+    arrow_schema,
+    arrow_type,
+    coerce,
+    coerce_column,
+    is_retyped_column,
+    moments,
+)
 
-KINDS = ("jsonl", "json", "csv", "parquet")
 SAMPLE_BYTES = 65_536  # of each file's head, for the drift check
 SAMPLE_RECORDS = 20
-MAX_TEXT = 10_000  # characters; a longer text is a broken record, not a name
+#: Columns that name a person; they become pseudonyms, and erased ones are dropped.
+PERSONAL = ("user_id", "visitor_id")
+#: Stored before the id of a visitor whom no user is known for.
+VISITOR = "visitor:"
+AS_DECLARED = FeedMapping()
+NOBODY = Erased("")
 
 #: What a record carries besides the feed's own columns.
 ORIGIN = (
@@ -34,41 +50,19 @@ ORIGIN = (
     schemas.Column("source_file", "string", "file name inside the feed's day"),
     schemas.Column("row_number", "bigint", "position in that file, from 0"),
     schemas.Column("_corrupt", "boolean", "the record or one of its fields could not be read"),
+    schemas.Column("_erased", "boolean", "of an erased person: every other field is null"),
+    schemas.Column("_spread", "int", "tasks over which the delivery of its day is spread"),
 )
-
-_ARROW_TYPES: dict[str, pa.DataType] = {
-    "string": pa.string(),
-    "double": pa.float64(),
-    "bigint": pa.int64(),
-    "int": pa.int32(),
-    "boolean": pa.bool_(),
-    "timestamp": pa.timestamp("us", "UTC"),
-    "date": pa.date32(),
-    "map<string,string>": pa.map_(pa.string(), pa.string()),
-    schemas.COUPON_TYPE: pa.list_(
-        pa.struct(
-            [
-                ("coupon_id", pa.string()),
-                ("category_id", pa.string()),
-                ("item_ids", pa.list_(pa.string())),
-            ]
-        )
-    ),
-}
-
-
-def arrow_schema(columns: tuple[schemas.Column, ...]) -> pa.Schema:
-    """Arrow types of declared columns."""
-    return pa.schema([(column.name, _ARROW_TYPES[column.type]) for column in columns])
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """One delivered file."""
+    """One delivered file; ``spread`` = tasks over which the delivery of its day is spread."""
 
     ingest_date: date
     uri: str
     name: str
+    spread: int = 1
 
     @property
     def kind(self) -> str:
@@ -96,7 +90,7 @@ def _pseudonymise(values: pa.Array, key: PseudonymKey) -> pa.Array:
     return pc.take(pa.array(names, pa.string()), coded.indices)
 
 
-def check_drift(feed: str, file: RawFile) -> set[str]:
+def check_drift(feed: str, file: RawFile, mapping: FeedMapping = AS_DECLARED) -> set[str]:
     """Compare a sample of one file with the declared columns; returns the undeclared ones.
 
     Raises:
@@ -104,15 +98,16 @@ def check_drift(feed: str, file: RawFile) -> set[str]:
             delivered as null), or every sampled value of a column has another type.
     """
     declared = contracts.FEEDS[feed].columns
+    samples: list[dict[str, Any]] = []
+    types: dict[str, pa.DataType] = {}
+    complete = b""
     if file.kind == "parquet":
-        table = _parquet_table(file, storage.read_bytes(file.uri))
-        _cast(file, table, arrow_schema(declared))
-        samples: list[dict[str, Any]] = [dict.fromkeys(table.schema.names)]
-        complete = b""
+        found = _parquet_table(file, storage.read_bytes(file.uri)).schema
+        types = dict(zip(found.names, found.types, strict=True))
+        samples = [dict.fromkeys(types)]
     else:
         head = storage.read_head(file.uri, SAMPLE_BYTES)
         complete = head if len(head) < SAMPLE_BYTES else head[: head.rfind(b"\n") + 1]
-        samples = []
         for record in _records(file.kind, complete.removeprefix(codecs.BOM_UTF8)):
             if isinstance(record, dict):
                 samples.append(record)
@@ -127,28 +122,38 @@ def check_drift(feed: str, file: RawFile) -> set[str]:
         return set()
     seen = set().union(*samples)
     for column in declared:
-        if column.name not in seen:
+        name = mapping.delivered(column.name)
+        shown = name if name == column.name else f"{name} (our {column.name})"
+        if name not in seen:
             raise DataError(
-                f"feed {feed}, file {file.uri}: column {column.name}: expected {column.type}, found no such "
+                f"feed {feed}, file {file.uri}: column {shown}: expected {column.type}, found no such "
                 "column; ask the sender for it, with null where a value is unknown"
             )
-        values = [v for v in (sample.get(column.name) for sample in samples) if v is not None]
-        if values and all(_is_retyped(value, _ARROW_TYPES[column.type], file.kind) for value in values):
+        values = [v for v in (sample.get(name) for sample in samples) if v is not None]
+        if name in types:
+            other = (
+                types[name] if is_retyped_column(types[name], arrow_type(column), mapping.time_unit) else ""
+            )
+        else:
+            is_other = [_is_retyped(v, arrow_type(column), file.kind, mapping.time_unit) for v in values]
+            other = _kind_of(values[0]) if values and all(is_other) else ""
+        if other:
+            unit = f" as {mapping.time_unit}" if column.type == "timestamp" else ""
             raise DataError(
-                f"feed {feed}, file {file.uri}: column {column.name}: expected {column.type}, "
-                f"found {_kind_of(values[0])}; "
+                f"feed {feed}, file {file.uri}: column {shown}: expected {column.type}{unit}, found {other}; "
                 "ask the sender for the agreed type, or correct the feed's declaration"
             )
-    return seen - {column.name for column in declared}
+    return seen - {mapping.delivered(column.name) for column in declared}
 
 
-def _is_retyped(value: Any, kind: pa.DataType, file_kind: str) -> bool:
-    if pa.types.is_temporal(kind) and isinstance(value, str):
+def _is_retyped(value: Any, kind: pa.DataType, file_kind: str, time_unit: str) -> bool:
+    if pa.types.is_temporal(kind) and isinstance(value, str) and time_unit == "iso":
         return False  # an unreadable time is one bad row, which quarantine names
     try:
-        _coerce(value, kind, is_text=file_kind == "csv")
+        coerce(value, kind, file_kind == "csv", time_unit)
     except (ValueError, TypeError, OverflowError):
-        return True
+        # A text too long, or not UTF-8, is a bad row and no other type.
+        return not (pa.types.is_string(kind) and isinstance(value, str))
     return False
 
 
@@ -157,66 +162,115 @@ def _kind_of(value: Any) -> str:
     return kinds.get(type(value), type(value).__name__)
 
 
-def parse_file(file: RawFile, content: bytes, feed: str, key: PseudonymKey | None = None) -> pa.Table:
+def parse_file(
+    file: RawFile,
+    content: bytes,
+    feed: str,
+    key: PseudonymKey | None = None,
+    mapping: FeedMapping = AS_DECLARED,
+    erased: Erased = NOBODY,
+) -> pa.Table:
     """All records of one file: the feed's declared columns, then ``ORIGIN``.
 
     A record that is no JSON object (or a CSV row with another number of cells than the header), or has a
     field of another type, is kept with that field null and ``_corrupt`` true; an unreadable time is null and
     not corrupt; times without an offset are UTC. A byte order mark is skipped. Of a repeated JSON key the
-    last value counts.
+    last value counts. A record that names an erased user or visitor keeps its position alone.
     """
-    body = arrow_schema(contracts.FEEDS[feed].columns)
+    declared = contracts.FEEDS[feed].columns
     content = content if file.kind == "parquet" else content.removeprefix(codecs.BOM_UTF8)
-    corrupt: list[bool] | None = None
     numbers: list[int] | None = None
     if file.kind == "parquet":
-        table = _cast(file, _parquet_table(file, content), body)
+        table, corrupt = _from_parquet(_parquet_table(file, content), declared, mapping)
     else:
-        quick = _well_formed(content, body) if file.kind in ("jsonl", "json") else None
+        quick = _well_formed(content, declared, mapping) if file.kind in ("jsonl", "json") else None
         if quick is None:
-            table, numbers, corrupt = _record_by_record(file.kind, content, body)
+            table, numbers, corrupt = _record_by_record(file.kind, content, declared, mapping)
         else:
-            table = quick
+            table, corrupt = quick, None
     size = table.num_rows
     arrays = {name: table.column(name) for name in table.schema.names}
-    if key is not None and "user_id" in arrays:
-        arrays["user_id"] = _pseudonymise(table.column("user_id").combine_chunks(), key)
+    if key is not None:
+        for name in PERSONAL:
+            if name in arrays:
+                arrays[name] = _pseudonymise(table.column(name).combine_chunks(), key)
+    is_erased = _erased_rows(arrays, erased)
+    if is_erased is not None:
+        kept = pc.if_else(is_erased, pa.scalar(None, pa.int64()), pa.array(range(size), pa.int64()))
+        arrays = {name: pc.take(column, kept) for name, column in arrays.items()}
     arrays["ingest_date"] = pa.array([file.ingest_date] * size, pa.date32())
     arrays["source_file"] = pa.array([file.name] * size, pa.string())
     arrays["row_number"] = pa.array(range(size) if numbers is None else numbers, pa.int64())
     arrays["_corrupt"] = pa.array([False] * size if corrupt is None else corrupt, pa.bool_())
-    schema = arrow_schema((*contracts.FEEDS[feed].columns, *ORIGIN))
+    arrays["_erased"] = pa.array([False] * size, pa.bool_()) if is_erased is None else is_erased
+    arrays["_spread"] = pa.array([file.spread] * size, pa.int32())
+    schema = arrow_schema((*declared, *ORIGIN))
     return pa.table([arrays[name] for name in schema.names], schema=schema)
 
 
-def _well_formed(content: bytes, body: pa.Schema) -> pa.Table | None:
+def _erased_rows(arrays: dict[str, Any], erased: Erased) -> pa.Array | None:
+    """Which rows name an erased person; None where there is none. Each distinct id is looked up once."""
+    if not erased.hashes:
+        return None
+    found = None
+    for name in PERSONAL:
+        if name not in arrays:
+            continue
+        column = arrays[name]
+        values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        coded = values.dictionary_encode()
+        is_listed = [_is_erased(name, value, erased) for value in coded.dictionary.to_pylist()]
+        rows = pc.fill_null(pc.take(pa.array(is_listed, pa.bool_()), coded.indices), False)
+        found = rows if found is None else pc.or_(found, rows)
+    return found if found is not None and pc.any(found).as_py() else None
+
+
+def _is_erased(column: str, value: str, erased: Erased) -> bool:
+    return erased.contains(value) or (column == "visitor_id" and erased.contains(VISITOR + value))
+
+
+def _wire_type(kind: pa.DataType, time_unit: str) -> pa.DataType:
+    return pa.float64() if pa.types.is_timestamp(kind) and time_unit != "iso" else kind
+
+
+def _well_formed(
+    content: bytes, declared: tuple[schemas.Column, ...], mapping: FeedMapping
+) -> pa.Table | None:
     """The fast path: a file in which every line is one object of the declared types, else None."""
+    body = arrow_schema(declared)
     if any(pa.types.is_nested(f.type) or pa.types.is_date(f.type) for f in body):
         return None  # Arrow's JSON reader knows neither maps nor dates
     num_lines = content.count(b"\n") + (not content.endswith(b"\n"))
     if not content or content.startswith(b"null") or b"\nnull" in content:
         return None
+    wire = pa.schema([(mapping.delivered(f.name), _wire_type(f.type, mapping.time_unit)) for f in body])
     try:
         table = pa_json.read_json(
             io.BytesIO(content),
             read_options=pa_json.ReadOptions(use_threads=False, block_size=len(content) + 1),
-            parse_options=pa_json.ParseOptions(explicit_schema=body, unexpected_field_behavior="ignore"),
+            parse_options=pa_json.ParseOptions(explicit_schema=wire, unexpected_field_behavior="ignore"),
         )
         table.validate(full=True)  # bad UTF-8
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OverflowError):
         return None
     if table.num_rows != num_lines:
         return None  # blank lines, or two records in a line: positions would be wrong
-    for name in body.names:
-        if pa.types.is_string(body.field(name).type):
-            longest = pc.max(pc.binary_length(table.column(name))).as_py()
+    columns = []
+    for wanted, delivered in zip(body, wire, strict=True):
+        column = table.column(delivered.name).combine_chunks()
+        if pa.types.is_string(wanted.type):
+            longest = pc.max(pc.binary_length(column)).as_py()
             if longest is not None and longest > MAX_TEXT:
                 return None
-    return table
+        columns.append(column if delivered.type == wanted.type else moments(column, mapping.time_unit))
+    return pa.table(columns, schema=body)
 
 
-def _record_by_record(kind: str, content: bytes, body: pa.Schema) -> tuple[pa.Table, list[int], list[bool]]:
+def _record_by_record(
+    kind: str, content: bytes, declared: tuple[schemas.Column, ...], mapping: FeedMapping
+) -> tuple[pa.Table, list[int], list[bool]]:
     """The patient path: a bad record is flagged, and the others of its file are kept."""
+    body = arrow_schema(declared)
     values: dict[str, list[Any]] = {name: [] for name in body.names}
     numbers: list[int] = []
     corrupt: list[bool] = []
@@ -225,9 +279,9 @@ def _record_by_record(kind: str, content: bytes, body: pa.Schema) -> tuple[pa.Ta
             continue
         is_corrupt = not isinstance(record, dict)
         for column in body:
-            value = record.get(column.name) if isinstance(record, dict) else None
+            value = record.get(mapping.delivered(column.name)) if isinstance(record, dict) else None
             try:
-                value = _coerce(value, column.type, is_text=kind == "csv")
+                value = coerce(value, column.type, kind == "csv", mapping.time_unit)
             except (ValueError, TypeError, OverflowError):
                 value = None
                 is_corrupt |= not pa.types.is_temporal(column.type)
@@ -278,74 +332,28 @@ def _csv_records(content: bytes) -> Iterator[Any]:
             yield {name: cell or None for name, cell in zip(header, row, strict=True)} if is_whole else None
 
 
-def _coerce(value: Any, kind: pa.DataType, is_text: bool = False) -> Any:
-    """One delivered value in its declared type.
-
-    Raises:
-        ValueError, TypeError, OverflowError: it has another type.
-    """
-    if value is None:
-        return None
-    if pa.types.is_timestamp(kind):
-        moment = datetime.fromisoformat(value)
-        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    if pa.types.is_date(kind):
-        return date.fromisoformat(value)
-    if pa.types.is_string(kind):
-        if not isinstance(value, str) or len(value) > MAX_TEXT:
-            raise ValueError("not a text")
-        value.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, a ValueError
-        return value
-    if is_text:
-        value = json.loads(value)
-    if pa.types.is_nested(kind):
-        return _coerce_nested(value, kind)
-    if pa.types.is_boolean(kind) != isinstance(value, bool):
-        raise ValueError("not of the declared type")
-    if pa.types.is_boolean(kind):
-        return value
-    if not isinstance(value, int | float):
-        raise ValueError("not a number")
-    if pa.types.is_floating(kind):
-        return float(value)
-    if not math.isfinite(value) or int(value) != value or not -(2**63) <= value < 2**63:
-        raise ValueError("not a whole number")
-    return int(value)
-
-
-def _coerce_nested(value: Any, kind: pa.DataType) -> Any:
-    if pa.types.is_list(kind):
-        if not isinstance(value, list):
-            raise ValueError("not a list")
-        return [_coerce(item, kind.value_type) for item in value]
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    if pa.types.is_map(kind):
-        return [(name, _coerce(item, kind.item_type)) for name, item in sorted(value.items())]
-    return {f.name: _coerce(value.get(f.name), f.type) for f in kind}
-
-
 def _parquet_table(file: RawFile, content: bytes) -> pa.Table:
     try:
-        return pq.read_table(io.BytesIO(content))
+        table = pq.read_table(io.BytesIO(content))
+        if len(set(table.schema.names)) < len(table.schema.names):
+            raise pa.ArrowInvalid("two columns have one name")
+        return table
     except (pa.ArrowException, OSError) as error:
         cause = str(error).splitlines()[0]
         raise DataError(f"{file.uri}: not readable as Parquet ({cause}); deliver the file again") from error
 
 
-def _cast(file: RawFile, table: pa.Table, body: pa.Schema) -> pa.Table:
-    """The declared columns in their declared types; an absent one is null."""
-    columns = []
-    for wanted in body:
-        if wanted.name not in table.schema.names:
-            columns.append(pa.nulls(table.num_rows, wanted.type))
+def _from_parquet(
+    table: pa.Table, declared: tuple[schemas.Column, ...], mapping: FeedMapping
+) -> tuple[pa.Table, Any]:
+    """The declared columns in their declared types (an absent one is null), and which rows are corrupt."""
+    columns, corrupt = [], None
+    for column in declared:
+        kind, name = arrow_type(column), mapping.delivered(column.name)
+        if name not in table.schema.names:
+            columns.append(pa.nulls(table.num_rows, kind))
             continue
-        found = table.column(wanted.name)
-        try:
-            columns.append(found.cast(wanted.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(
-                f"{file.uri}: column {wanted.name}: expected {wanted.type}, found {found.type}; "
-                "ask the sender for the agreed type, or correct the feed's declaration"
-            ) from error
-    return pa.table(columns, schema=body)
+        values, is_bad = coerce_column(table.column(name), kind, mapping.time_unit)
+        columns.append(values)
+        corrupt = is_bad if corrupt is None else corrupt | is_bad
+    return pa.table(columns, schema=arrow_schema(declared)), corrupt
