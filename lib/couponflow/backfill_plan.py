@@ -3,7 +3,8 @@
 ``plan`` compares every date with its newest run record: never run, killed, failed, built from older inputs
 (``upstream``), built with another config, or finished. ``backfill all`` takes a range of ingest dates and
 follows them: the event dates they can touch, the sends whose windows they can reach, the examples of later
-as_of dates. A vocabulary is given, never rebuilt. No Spark is started for a plan, and nothing is written.
+as_of dates, training rows as one dataset and the scoring days that were built before. A vocabulary is given,
+never rebuilt. No Spark is started for a plan, and nothing is written.
 
 What runs, by ``--reprocess-behavior``:
     always       dates never run or killed, and dates whose inputs have changed or will change in this plan
@@ -190,15 +191,12 @@ class _Planner:
         return max(ends, default=date.min)
 
     def campaign_days(self, dates: DateRange) -> list[tuple[str, date]]:
-        """Scoring days after the first ingest date: those built before, and the config's own."""
+        """Scoring days after the first ingest date that have been built; a new one is a run of its own."""
         found = {
             (record.arguments["campaign"], DateRange.parse(record.dates).start)
             for record in self._records
-            if record.job == "build_examples" and record.arguments.get("campaign")
+            if record.job == "build_examples" and record.arguments.get("campaign") and record.status == "ok"
         }
-        run = self._config.run
-        if dates.start < run.run_date <= dates.end:
-            found.add((run.campaign_id, run.run_date))
         return sorted((day for day in found if day[1] > dates.start), key=lambda pair: (pair[1], pair[0]))
 
     def _newest(self, job: str, campaign: str) -> dict[date, runs.RunRecord]:

@@ -267,6 +267,32 @@ def test_what_was_killed_between_two_stages_goes_on(
     assert run_all(config) == []
 
 
+def test_a_date_whose_rerun_was_killed_runs_again(
+    config: Config, calls: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was finished before, and may be half replaced now."""
+    deliver(config)
+    give_vocabulary(config)
+    run_all(config)
+    root_uri, dates = config.lake.root_uri, DateRange.parse("2024-01-05")
+    died = runs.start("clean_events", str(dates), {}, "f")
+    monkeypatch.setattr(leases, "_this_process", lambda: f"{leases._machine()} 999999999 1")
+    leases._acquire(root_uri, died, scopes.writes("clean_events", dates, config), "", runs.utc_now)
+    monkeypatch.undo()
+    before = tree(root_uri)
+    assert fates(config, "all")["clean_events 2024-01-05:2024-01-05"] == "run: killed"
+    assert tree(root_uri) == before  # a plan does not even write the dead run's record
+    with record_run("sessionize", config, DATES):
+        assert len(leases.claims(root_uri)) == 2  # other tables: nobody took the dead lease over yet
+    with (
+        pytest.raises(DataError),
+        record_run("clean_events", config, DateRange.parse("2024-01-04:2024-01-05")),
+    ):
+        raise DataError("broken; mend it")
+    found = [(r.run_id == died.run_id, r.status) for r in runs.load_all(root_uri, "clean_events")]
+    assert found == [(False, "ok"), (True, "killed"), (False, "failed")]
+
+
 def test_a_changed_config_is_stale_and_waits_to_be_asked(config: Config, tmp_path: Path, calls: Any) -> None:
     deliver(config)
     give_vocabulary(config)
@@ -383,9 +409,11 @@ def test_scoring_days_that_exist_are_built_again(config: Config, calls: list[tup
         pass
     assert run_all(config)[-1] == "build_examples campaign 7 2024-01-05:2024-01-05"
     assert run_all(config) == []
-    assert fates(config, "all", DateRange.parse("2024-02-19"))[
-        "build_examples campaign 18 2024-02-20:2024-02-20"
-    ] == ("run: never run")  # the config's own, on the day after the last delivery
+    with pytest.raises(ConfigError), record_run("build_examples", config, DateRange.parse("2024-01-06"), "8"):
+        raise ConfigError("campaign '8' is not in table campaigns; check --campaign")
+    own = fates(config, "all", DateRange.parse("2024-02-19"))  # the config's run_date follows
+    assert not [name for name in own if "campaign" in name]
+    assert run_all(config) == []
 
 
 def test_chunks_and_orders(config: Config) -> None:
