@@ -1,13 +1,14 @@
 """events, sends, conversions -> training_examples of a range of as_of dates.
 
-With --campaign: all users of one as_of date -> scoring_examples and histories. Safe to rerun.
+With --campaign A,B: all users of one as_of date, with these targets -> scoring_examples and histories.
+Safe to rerun.
 """
 
 from pyspark.sql import SparkSession
 
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
 from couponflow.lake import tables
-from couponflow.sequences import examples, vocabulary
+from couponflow.sequences import datasets, examples, labels
 from couponflow.training import feed
 
 app = job_app(__doc__)
@@ -15,32 +16,31 @@ app = job_app(__doc__)
 
 @tables.retried
 def run(spark: SparkSession, job: Run) -> None:
-    """Build training rows of a range or, with a campaign, scoring rows of one day."""
+    """Build training rows of a range or, with campaigns, scoring rows of one day."""
     with examples.cached_inputs(spark, job.config, job.dates.last) as inputs:
+        job.facts.update(examples.check_vocabulary(inputs, job.config))
         build = _build_scoring if job.campaign else _build_training
         build(spark, inputs, job)
-        job.facts["vocabulary_version"] = inputs.vocabulary_version
-        job.facts["oov_share"] = examples.oov_shares(inputs.events)
 
 
 def _build_scoring(spark: SparkSession, inputs: examples.Inputs, job: Run) -> None:
-    with examples.cached(examples.build_scoring(inputs, job.campaign, job.run_date, job.config)) as rows:
+    campaigns = examples.parse_campaigns(job.campaign)
+    with examples.cached(examples.build_scoring(inputs, campaigns, job.run_date, job.config)) as rows:
         for table in ("scoring_examples", "histories"):
             job.rows[table] = tables.overwrite(rows, job.root_uri, table, job.dates, job.run_id)
 
 
 def _build_training(spark: SparkSession, inputs: examples.Inputs, job: Run) -> None:
     root, table = job.root_uri, "training_examples"
-    complete_until = examples.watermark(spark, root, job.config.lake.time_zone)
-    with examples.cached(examples.read_labelled(spark, job.config, job.dates, complete_until)) as labelled:
-        built = examples.build_training(inputs, labelled, job.config, complete_until)
+    until = labels.watermark(spark, root, job.config.lake.time_zone)
+    with examples.cached(labels.read_labelled(spark, job.config, job.dates, until)) as labelled:
+        built = examples.build_training(inputs, labelled, job.config, until)
         size = built.max_rows_per_file
         written = tables.overwrite(built.frame, root, table, job.dates, job.run_id, size)
     job.rows.update({table: built.checked(written), "population": built.population})
-    version, files = examples.files_by_split(spark, root)
-    sizes = vocabulary.sizes(inputs.vocabulary)
-    uri = feed.write_manifest(root, version, files, inputs.vocabulary_version, sizes, job.run_id)
-    job.facts.update({**built.facts, "dataset": uri})
+    found = datasets.describe(spark, job.config, inputs.vocabulary, inputs.vocabulary_version)
+    uri = feed.write_manifest(root, feed.Dataset(**found), job.run_id)
+    job.facts.update({**built.facts, "dataset": uri, "folds": found["folds"]})
 
 
 @app.command()

@@ -1,11 +1,13 @@
-"""events -> a vocabulary version, built from a range of event dates; becomes the current one."""
+"""events -> a vocabulary version, built from a range of event dates; becomes the current one.
+
+With vocabulary.extend the version before keeps its ids and the range's new values follow.
+"""
 
 from pyspark.sql import SparkSession
 
 from couponflow.entry import ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
-from couponflow.errors import DataError
 from couponflow.lake import tables
-from couponflow.sequences import events, vocabulary
+from couponflow.sequences import vocabulary
 
 app = job_app(__doc__)
 
@@ -13,23 +15,16 @@ app = job_app(__doc__)
 @tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Build, write and publish the version of a range; an equal range and events give the same version."""
-    min_count = job.config.vocabulary.min_count
-    counts = vocabulary.count_values(events.read_events(spark, job.root_uri, job.dates)).persist()
-    try:
-        if counts.where((counts.field == "item") & (counts.num_events >= min_count)).isEmpty():
-            raise DataError(
-                f"no item of {job.dates} has {min_count} events; run clean_events for these dates first"
-            )
-        terms = vocabulary.build(counts, min_count, job.dates)
+    section = job.config.vocabulary
+    with vocabulary.making(spark, job.root_uri, job.dates, section) as (terms, parent):
         version = vocabulary.version_of(terms)
-        job.facts.update(vocabulary_version=version, oov_share=vocabulary.oov_shares(terms))
+        job.facts.update(vocabulary_version=version, parent=parent, oov_share=vocabulary.oov_shares(terms))
         job.rows["vocabularies"] = tables.overwrite(
             terms.coalesce(1), job.root_uri, "vocabularies", None, job.run_id, version=version
         )
-    finally:
-        counts.unpersist()
     fingerprint = job.config.fingerprint("vocabulary")
-    vocabulary.publish(job.root_uri, vocabulary.Current(version, str(job.dates), fingerprint))
+    made = vocabulary.Current(version, str(job.dates), fingerprint, parent)
+    vocabulary.publish(job.root_uri, made, job.run_id, section.extend)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Registered models on the test split -> one evaluation record with intervals, calibration and the gate.
+"""Registered models on the test split -> one evaluation record: intervals, calibration, back-test, the gate.
 
 `--dates` names the as_of days the examples cover; it is recorded and does not select rows.
 """

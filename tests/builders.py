@@ -22,12 +22,13 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def test_config(folder: Path, *overrides: str) -> Config:
-    """A config whose lake and export lie in ``folder``; UTC, no pseudonyms."""
+    """A config whose lake and export lie in ``folder``; UTC, no pseudonyms, any OOV share."""
     base = (
         f"lake.root_uri='{folder / 'lake'}'",
         f"export.target_uri='{folder / 'export'}'",
         "events.pseudonymise=false",
         "export.auto_approve=true",
+        "vocabulary.max_oov_share=1.0",  # worlds of a few events
     )
     return load_config(None, (*base, *overrides))
 

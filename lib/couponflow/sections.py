@@ -160,6 +160,19 @@ class ConversionsConfig(Section):
         description="Attribution window: the campaign's own period, or label_days from the send.",
     )
     label_days: int = Field(default=14, ge=1, le=365, description="Days of the window when window = 'days'.")
+    gap_days: int = Field(
+        default=0,
+        ge=0,
+        le=365,
+        description="Days between the mail and the start of its window. Higher leaves quick answers out.",
+    )
+    return_days: int = Field(
+        default=0,
+        ge=0,
+        le=365,
+        description="Days in which an order may be cancelled or returned and then proves nothing. A label "
+        "is final so much later. 0 counts every order.",
+    )
 
 
 class VocabularyConfig(Section):
@@ -169,6 +182,20 @@ class VocabularyConfig(Section):
         default=5,
         ge=1,
         description="Events an item needs for an id of its own; fewer share OOV. Higher: smaller table.",
+    )
+    extend: bool = Field(
+        default=False,
+        description="Append a later range's new values to the version before; off builds from the range.",
+    )
+    hash_buckets: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Ids that items without one of their own share by hash; 0 gives them all to OOV.",
+    )
+    max_oov_share: Share = Field(
+        default=0.2,
+        description="Share of items, categories or shops read that may be OOV; more stops build_examples.",
     )
 
 
@@ -190,7 +217,23 @@ class ExamplesConfig(Section):
         le=365,
         description="Days between snapshots of item popularity; a step sees the last one before its day.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the auxiliary negatives.")
+    negative_share: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Share of training rows without conversion that is kept; calibration undoes it exactly.",
+    )
+    vocabulary_version: str = Field(
+        default="current",
+        pattern="^[A-Za-z0-9_.:-]{1,128}$",
+        description="'current', or the vocabulary version whose ids the examples carry.",
+    )
+    cutoffs: Days = Field(
+        default=(),
+        description="Cut-off days of the back-test, ascending: each trains on what was known by then and is "
+        "judged up to the next. Empty: no back-test.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the auxiliary negatives and of negative_share.")
     train_start: Day = Field(
         default=date(2017, 2, 8),
         description="First as_of with enough history; earlier rows are left out as no_history.",
@@ -202,6 +245,8 @@ class ExamplesConfig(Section):
     def _in_order(self) -> "ExamplesConfig":
         if not self.train_start < self.valid_start < self.test_start:
             raise ValueError("train_start < valid_start < test_start must hold")
+        if list(self.cutoffs) != sorted(set(self.cutoffs)):
+            raise ValueError("cutoffs must ascend, each day once")
         return self
 
 

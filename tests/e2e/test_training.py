@@ -132,7 +132,7 @@ def lake(tmp_path: Path) -> tuple[str, str]:
         )
         for split in files:
             files[split][(folder / f"{place}.parquet").as_uri()] = splits.count(split)
-    feed.write_manifest(str(root), 0, files, "voc-1", SIZES, "build-1")
+    feed.write_manifest(str(root), feed.Dataset(0, "voc-1", SIZES, layouts.WIDE_FEATURES, files), "build-1")
     config = tmp_path / "test.toml"
     config.write_text(
         f"[lake]\nroot_uri = '{root}'\n"

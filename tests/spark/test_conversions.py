@@ -1,5 +1,6 @@
 """Attribution windows at both edges, in the business time zone."""
 
+import random
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from builders import make_frame, make_row
 from pyspark.sql import SparkSession
 
-from couponflow.dates import DateRange
+from couponflow.dates import DateRange, local_day
 from couponflow.errors import DataError
 from couponflow.lake import tables
 from couponflow.sections import ConversionsConfig
@@ -29,7 +30,8 @@ def send(user_id: str, **over: Any) -> dict[str, Any]:
 
 
 def redemption(user_id: str, time: datetime, **over: Any) -> dict[str, Any]:
-    base = {"redemption_id": f"{user_id}{time}", "campaign_id": "7", "user_id": user_id}
+    base: dict[str, Any] = {"redemption_id": f"{user_id}{time}", "campaign_id": "7", "user_id": user_id}
+    base["ingest_date"] = local_day(time, ZONE)
     return make_row("redemptions", **(base | {"redemption_time": time} | over))
 
 
@@ -99,7 +101,7 @@ def test_the_first_delivery_of_a_send_counts_whatever_range_is_read(
 def test_the_window_of_days_starts_at_the_send_and_takes_any_order(spark: SparkSession) -> None:
     end = DELIVERED + timedelta(days=14)
     times = {"first": DELIVERED, "before": DELIVERED - MICRO, "last": end - MICRO, "after": end}
-    rows = [make_row("orders", order_id=user, user_id=user, order_time=time) for user, time in times.items()]
+    rows = [order(user, time, local_day(time, ZONE)) for user, time in times.items()]
     found = conversions.attribute(
         make_frame(spark, "sends", [send(user) for user in times]),
         make_frame(spark, "orders", rows),
@@ -114,3 +116,117 @@ def test_sends_of_an_unknown_campaign_are_refused(spark: SparkSession) -> None:
     sends = make_frame(spark, "sends", [send("u", campaign_id="99")])
     with pytest.raises(DataError, match=r"campaign 99 .* clean_feeds"):
         conversions.check_campaigns(sends, make_frame(spark, "campaigns", [campaign()]))
+
+
+def order(user_id: str, time: datetime, known: date, **over: Any) -> dict[str, Any]:
+    base = {"order_id": f"o-{user_id}", "user_id": user_id, "order_time": time, "ingest_date": known}
+    return make_row("orders", **(base | over))
+
+
+def proven(spark: SparkSession, orders: list[dict[str, Any]], **settings: Any) -> set[str]:
+    users = sorted({row["user_id"] for row in orders})
+    found = conversions.attribute(
+        make_frame(spark, "sends", [send(user) for user in users]),
+        make_frame(spark, "orders", orders),
+        make_frame(spark, "campaigns", []),
+        ConversionsConfig(source="orders", window="days", **settings),
+        ZONE,
+    )
+    return {row["user_id"] for row in found.collect()}
+
+
+def test_the_gap_moves_the_window(spark: SparkSession) -> None:
+    start, end = DELIVERED + timedelta(days=3), DELIVERED + timedelta(days=10)
+    times = {"first": start, "before": start - MICRO, "last": end - MICRO, "after": end}
+    orders = [order(user, time, local_day(time, ZONE)) for user, time in times.items()]
+    assert proven(spark, orders, gap_days=3, label_days=7) == {"first", "last"}
+    windowed = conversions.with_label_window(
+        make_frame(spark, "sends", [send("u"), send("late", delivered_time=DELIVERED + timedelta(days=9))]),
+        make_frame(spark, "campaigns", [campaign()]),
+        ConversionsConfig(window="campaign", gap_days=3, return_days=2),
+        ZONE,
+    )
+    row = next(r for r in windowed.collect() if r["user_id"] == "u")
+    assert [row[name].astimezone(UTC) for name in ("label_start", "label_end", "mature_time")] == [
+        datetime(2017, 3, 4, 5, tzinfo=UTC),
+        datetime(2017, 3, 13, 4, tzinfo=UTC),
+        datetime(2017, 3, 15, 4, tzinfo=UTC),
+    ]
+
+
+def test_an_order_undone_before_its_return_window_is_over_proves_nothing(spark: SparkSession) -> None:
+    """Seven days of window, five to return: each case is one user with one order on day 2."""
+    placed = DELIVERED + timedelta(days=2)
+    over = placed + timedelta(days=5)
+    day = date(2017, 3, 3)
+    said: dict[str, tuple[str | None, datetime | None, date]] = {
+        "kept": (None, None, day),
+        "placed": ("placed", placed, day),
+        "cancelled at once": ("cancelled", placed, day),
+        "cancelled, no time": ("cancelled", None, day),
+        "returned in time": ("returned", over - MICRO, date(2017, 3, 8)),
+        "returned too late": ("returned", over, date(2017, 3, 8)),
+        "told on the last day": ("returned", over - MICRO, date(2017, 3, 13)),
+        "told after it": ("returned", over - MICRO, date(2017, 3, 14)),
+    }
+    orders = []
+    for user, (status, when, known) in said.items():
+        first = {} if known > day else {"order_status": status, "status_time": when}
+        orders.append(order(user, placed, day, **first))
+        if known > day:  # told by a later delivery of the same order
+            orders.append(order(user, placed, known, order_status=status, status_time=when))
+    kept = {"kept", "placed", "returned too late", "told after it"}
+    assert proven(spark, orders, label_days=7, return_days=5) == kept
+    assert proven(spark, orders, label_days=7) == set(said), "return_days = 0 counts every order"
+
+
+def test_later_deliveries_never_change_a_mature_label(spark: SparkSession) -> None:
+    """What arrives after the day a send matures on leaves its label as it was."""
+    rng = random.Random(11)
+    label_days, return_days = 7, 3
+    mature = DELIVERED + timedelta(days=label_days + return_days)
+    last_day = date(2017, 3, 11)  # local day on which the last label is final
+    orders = []
+    for number in range(300):
+        placed = DELIVERED + timedelta(hours=rng.randint(-30, 24 * 9))
+        for delivery in range(rng.randint(1, 3)):
+            known = placed.date() + timedelta(days=rng.choice([0, 0, 1, 2, 9, 12]) + delivery)
+            status = rng.choice([None, "placed", "cancelled", "returned"])
+            when = placed + timedelta(hours=rng.randint(0, 24 * 6)) if status else None
+            moved = placed + timedelta(hours=rng.choice([0, 0, -100, 100]) if delivery else 0)
+            orders.append(order(f"u{number}", moved, known, order_status=status, status_time=when))
+    orders = list({(row["order_id"], row["ingest_date"]): row for row in orders}.values())
+    known_then = [row for row in orders if row["ingest_date"] <= last_day]
+    settings = {"label_days": label_days, "return_days": return_days}
+    whole, then = (proven(spark, rows, **settings) for rows in (orders, known_then))
+    assert whole == then
+
+    def is_proof(user: str) -> bool:
+        mine = sorted((row for row in known_then if row["user_id"] == user), key=lambda r: r["ingest_date"])
+        if not mine or not DELIVERED <= mine[0]["order_time"] < mature - timedelta(days=return_days):
+            return False
+        end = mine[0]["order_time"] + timedelta(days=return_days)
+        undone = [r for r in mine if r["order_status"] in ("cancelled", "returned")]
+        return not any(r["status_time"] < end for r in undone)
+
+    assert whole == {user for user in {row["user_id"] for row in orders} if is_proof(user)}
+    assert 30 < len(whole) < 200
+
+
+def test_proofs_are_read_with_their_later_deliveries(spark: SparkSession, root_uri: str) -> None:
+    placed = DELIVERED + timedelta(days=13)
+    rows = [
+        order("u", placed, date(2017, 3, 14)),
+        order("u", placed, date(2017, 3, 24), order_status="returned", status_time=placed),
+        order("early", DELIVERED, date(2017, 2, 26)),
+        order("u", placed, date(2017, 3, 28)),
+    ]
+    tables.overwrite(
+        make_frame(spark, "orders", rows), root_uri, "orders", DateRange.parse("2017-02-01:2017-03-31")
+    )
+    settings = ConversionsConfig(source="orders", label_days=14, return_days=10)
+    sends, campaigns = make_frame(spark, "sends", [send("u")]), make_frame(spark, "campaigns", [])
+    read = conversions.read_proofs(spark, root_uri, sends, campaigns, settings, ZONE).collect()
+    assert sorted(row["ingest_date"].day for row in read) == [14, 24]
+    none = conversions.read_proofs(spark, root_uri, sends.where("false"), campaigns, settings, ZONE)
+    assert none.count() == 0

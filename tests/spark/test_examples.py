@@ -12,11 +12,13 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from couponflow.config import Config
-from couponflow.dates import DateRange, day_start
+from couponflow.dates import DateRange
 from couponflow.entry import Run
-from couponflow.errors import DataError
+from couponflow.errors import ConfigError, DataError
 from couponflow.lake import runs, tables
-from couponflow.sequences import examples, vocabulary
+from couponflow.sections import VocabularyConfig
+from couponflow.sequences import datasets, examples, labels, vocabulary
+from couponflow.training import feed
 from jobs import build_examples, build_vocabulary
 
 D = date(2024, 3, 1)
@@ -124,7 +126,7 @@ def training_rows(
     spark: SparkSession, inputs: examples.Inputs, world: dict[str, list[Row]], config: Config
 ) -> dict[str, dict[str, Any]]:
     converted = make_frame(spark, "conversions", world["conversions"])
-    labelled = examples.label_sends(inputs.sends, inputs.campaigns, converted, config, UNTIL)
+    labelled = labels.label_sends(inputs.sends, inputs.campaigns, converted, config, UNTIL)
     frame = examples.build_training(inputs, labelled, config, UNTIL).frame
     return {row["example_id"]: row.asDict() for row in frame.collect()}
 
@@ -185,7 +187,7 @@ def test_training_and_scoring_features_are_the_same_bytes(spark: SparkSession, c
     world = make_world(make_events(random.Random(3), 6, -60, 1))
     inputs = make_inputs(spark, world)
     training = training_rows(spark, inputs, world, config)
-    scoring = {row["user_id"]: row for row in examples.build_scoring(inputs, "a0", D, config).collect()}
+    scoring = {row["user_id"]: row for row in examples.build_scoring(inputs, ("a0",), D, config).collect()}
     assert set(scoring) == {f"u{n}" for n in range(8)}
     for user, row in scoring.items():
         trained = training[f"a0:{user}:{D}"]
@@ -211,59 +213,42 @@ def test_training_and_scoring_features_are_the_same_bytes(spark: SparkSession, c
     assert drawn > 40
 
 
-def test_splits_at_every_border(spark: SparkSession, config: Config) -> None:
-    chosen = config.examples.model_copy(
-        update={"train_start": days(0), "valid_start": days(30), "test_start": days(60)}
-    )
-    zone = "America/New_York"
-    second = timedelta(seconds=1)
-    train_end, valid_end, complete = (day_start(days(n), zone) for n in (30, 60, 90))
-    cases = [
-        (days(-1), train_end, "no_history"),
-        (days(-1), complete + second, "no_history"),
-        (days(0), train_end, "train"),
-        (days(0), train_end + second, "train_late"),
-        (days(0), complete + second, "censored"),
-        (days(29), train_end, "train"),
-        (days(30), train_end, "valid"),
-        (days(30), valid_end, "valid"),
-        (days(30), valid_end + second, "embargo"),
-        (days(59), complete, "embargo"),
-        (days(60), valid_end, "test"),
-        (days(60), complete, "test"),
-        (days(60), complete + second, "censored"),
-    ]
-    frame = spark.createDataFrame(cases, "as_of_date date, label_end timestamp, expected string")
-    rows = frame.withColumn("split", examples.split_of(chosen, zone, complete)).collect()
-    assert [row["split"] for row in rows] == [expected for _, _, expected in cases]
-
-
-def test_rows_lie_in_hash_order_in_files_of_one_split(spark: SparkSession, config: Config) -> None:
-    world = make_world(make_events(random.Random(4), 6, -60, 1), (0, 40), users=40)
-    config = adjusted(config)
-    inputs = make_inputs(spark, world)
-    converted = make_frame(spark, "conversions", world["conversions"])
-    labelled = examples.label_sends(
-        inputs.sends, inputs.campaigns, converted, config, UNTIL + timedelta(days=30)
-    )
-    built = examples.build_training(inputs, labelled, config, UNTIL)
-    assert built.splits == {"train": 80, "train_late": 0, "valid": 80, "embargo": 0, "test": 0}
-    assert built.max_rows_per_file == 10
-    rows = (
-        built.frame.withColumn("file", F.spark_partition_id()).select("file", "split", "row_hash").collect()
-    )
-    files: dict[int, list[tuple[str, int]]] = {}
-    for row in rows:
-        files.setdefault(row["file"], []).append((row["split"], row["row_hash"]))
-    assert sorted(len(file) for file in files.values()) == [10] * 16
-    assert all(len({split for split, _ in file}) == 1 and file == sorted(file) for file in files.values())
+@pytest.mark.parametrize("bucket_rows", [datasets.BUCKET_ROWS, 7])
+def test_rows_lie_in_hash_order_in_files_of_one_split(
+    spark: SparkSession, bucket_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against sorting each split whole; ranges of hashes from one to many, equal hashes, empty splits."""
+    monkeypatch.setattr(datasets, "BUCKET_ROWS", bucket_rows)
+    rng = random.Random(4)
+    sizes = {"train": 163, "train_late": 1, "valid": 80, "embargo": 0, "test": 3}
+    rows = []
+    for split, size in sizes.items():
+        hashes = [
+            rng.choice([-(2**63), -1, 0, 2**63 - 1, rng.randint(-(2**63), 2**63 - 1)]) for _ in range(size)
+        ]
+        rows += [(split, value, f"{split}{n}") for n, value in enumerate(hashes)]
+    rng.shuffle(rows)
+    frame = spark.createDataFrame(rows, "split string, row_hash bigint, example_id string")
+    placed, num_files, largest = datasets.place_in_files(frame, sizes, num_ranks=4)
+    written = placed.repartition(num_files, "file_key").withColumn("file", F.spark_partition_id()).collect()
+    files: dict[int, list[tuple[str, int, str]]] = {}
+    for row in written:
+        files.setdefault(row["file"], []).append((row["split"], row["row_hash"], row["example_id"]))
+    expected = []
+    for split, size in sizes.items():
+        ordered = sorted(row for row in rows if row[0] == split)
+        count = max(1, size // 10)  # 163 rows over 4 files per rank
+        cut = [[row for p, row in enumerate(ordered) if p * count // size == n] for n in range(count)]
+        expected += [file for file in cut if file]
+    assert sorted(sorted(file) for file in files.values()) == sorted(expected)
+    assert (num_files, largest) == (len(expected), max(map(len, expected)))
 
 
 def test_a_range_without_a_mature_label_is_refused(spark: SparkSession, config: Config) -> None:
     world = make_world([make_event("u0", 0)])
     inputs = make_inputs(spark, world)
     converted = make_frame(spark, "conversions", [])
-    labelled = examples.label_sends(
+    labelled = labels.label_sends(
         inputs.sends, inputs.campaigns, converted, adjusted(config), at(10) - timedelta(seconds=1)
     )
     with pytest.raises(
@@ -298,7 +283,7 @@ def test_day_runs_equal_a_range_run_and_a_rerun_changes_nothing(spark: SparkSess
     assert tables.content_hash(inputs.sends) == tables.content_hash(wanted)
     job = run_job(spark, build_examples, config, DateRange(days(-10), days(60)))
     assert job.facts["splits"] == {"train": 16, "train_late": 0, "valid": 0, "embargo": 16, "test": 0}
-    assert job.facts["left_out"] == {"no_history": 0, "censored": 16}
+    assert job.facts["left_out"] == {"no_history": 0, "censored": 16, "no_window": 0, "sampled_out": 0}
     assert job.rows == {"training_examples": 32, "population": 48}
     assert job.facts["vocabulary_version"] == version
     whole = tables.content_hash(tables.read(spark, root_uri, "training_examples"))
@@ -315,6 +300,69 @@ def test_day_runs_equal_a_range_run_and_a_rerun_changes_nothing(spark: SparkSess
     assert histories == {row["user_id"]: row["history"] for row in trained}
     with pytest.raises(DataError, match="no label is mature"):
         run_job(spark, build_examples, config, DateRange.day(days(55)))
+    dataset = feed.load_manifest(root_uri)
+    assert (dataset.rows("train"), dataset.rows("embargo"), dataset.sampling_rate) == (16, 16, 1.0)
+    assert sum(sum(groups) for groups in dataset.row_groups.values()) == 32
+    assert dataset.folds == tuple(job.facts["folds"]) == ()
+
+
+def test_a_version_may_be_named_and_must_fit_the_events(spark: SparkSession, config: Config) -> None:
+    """Exit code 3 before anything is written; folds, sampling and marked rows in the manifest beside."""
+    config = adjusted(config, cutoffs=(days(0), days(20), days(45)), negative_share=0.3)
+    root_uri = config.lake.root_uri
+    world = make_world(make_events(random.Random(5), 6, -60, 60), (0, 45), users=20)
+    world["user_days"] = []
+    for name, rows in world.items():
+        write(make_frame(spark, name, rows), root_uri, name)
+    counts = vocabulary.count_values(make_frame(spark, "events", world["events"][:1]))
+    unseen = vocabulary.build(counts, 1, ALL_DATES)
+    name = vocabulary.version_of(unseen)
+    tables.overwrite(unseen, root_uri, "vocabularies", version=name)
+    named = config.examples.model_copy(update={"vocabulary_version": name})
+    config = config.model_copy(update={"examples": named})
+    strict = VocabularyConfig()  # at most a fifth
+    dates = DateRange(days(0), days(60))
+    with pytest.raises(
+        DataError, match=rf"vocabulary {name}, field item: \d+.\d% of the values read are OOV"
+    ):
+        run_job(spark, build_examples, config.model_copy(update={"vocabulary": strict}), dates)
+    assert not tables.exists(spark, root_uri, "training_examples")
+    with pytest.raises(DataError, match="has no version v0"):
+        examples.read_inputs(spark, adjusted(config, vocabulary_version="v0"), days(1))
+    job = run_job(spark, build_examples, config, dates)
+    assert job.facts["vocabulary_version"] == name
+    rows = tables.read(spark, root_uri, "training_examples").collect()
+    kept = [row for row in rows if row["split"] == "train"]
+    sampled_out = job.facts["left_out"]["sampled_out"]
+    assert len(kept) + sampled_out == 40
+    assert 5 < sampled_out < 26  # of 26 negatives
+    assert job.rows["population"] == 80 == len(rows) + sampled_out
+    assert {(row["label"], row["sampling_rate"]) for row in kept} == {(1, 1.0), (0, 0.3)}
+    assert {row["sampling_rate"] for row in rows if row["split"] != "train"} == {1.0}
+    dataset = feed.load_manifest(root_uri)
+    assert (dataset.sampling_rate, dataset.vocabulary_version) == (0.3, name)
+    found = [[fold[f"{part}_rows"] for part in ("train", "test")] for fold in dataset.folds]
+    assert found == [[0, len(kept)], [len(kept), 0], [len(kept), 40]]
+    assert dataset.folds == tuple(job.facts["folds"])
+    again = examples_of(config, negative_share=0.5)
+    with pytest.raises(
+        DataError, match=r"kept at the rates 0.3 and 0.5, .* with one examples.negative_share"
+    ):
+        run_job(
+            spark, build_examples, examples_of(again, valid_start=date(2024, 6, 1)), DateRange.day(days(45))
+        )
+    run_job(spark, build_examples, config, DateRange.day(days(45)))
+    place = f"delta.`{tables.table_uri(root_uri, 'training_examples')}`"
+    spark.sql(f"ALTER TABLE {place} SET TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')")
+    spark.sql(f"DELETE FROM {place} WHERE example_id = '{kept[0]['example_id']}'")
+    marked = datasets.describe(spark, config, unseen, name)
+    assert sum(marked["files"]["train"].values()) == len(kept) - 1
+    with pytest.raises(DataError, match="deletion vectors"):
+        feed.write_manifest(root_uri, feed.Dataset(**marked), "r")
+
+
+def examples_of(config: Config, **over: Any) -> Config:
+    return config.model_copy(update={"examples": config.examples.model_copy(update=over)})
 
 
 def write(frame: DataFrame, root_uri: str, table: str) -> None:
@@ -323,3 +371,73 @@ def write(frame: DataFrame, root_uri: str, table: str) -> None:
     )
     assert column in frame.columns
     tables.overwrite(frame, root_uri, table, DateRange(date(2023, 1, 1), date(2025, 1, 1)))
+
+
+def test_labels_and_treatment_change_no_row_and_no_feature(spark: SparkSession, config: Config) -> None:
+    """The population is fixed before labels are read, and a coupon that only buyers hold tells nothing."""
+    config = adjusted(config)
+    world = make_world(make_events(random.Random(6), 6, -60, 1))
+    found = []
+    for buyers in (set(), {f"u{n}" for n in range(8)}, {"u1", "u4"}):
+        treated = dict(world)
+        treated["conversions"] = [
+            make_row(
+                "conversions",
+                send_id=row["send_id"],
+                campaign_id=row["campaign_id"],
+                user_id=row["user_id"],
+                converted_time=at(1),
+                num_conversions=1,
+                send_date=days(0),
+            )
+            for row in world["sends"]
+            if row["user_id"] in buyers
+        ]
+        treated["sends"] = [
+            row | {"coupon_id": "k1" if row["user_id"] in buyers else None, "propensity": len(buyers) / 8}
+            for row in world["sends"]
+        ]
+        rows = training_rows(spark, make_inputs(spark, treated), treated, config)
+        assert sum(row["label"] for row in rows.values()) == 2 * len(buyers)
+        found.append(features_of(rows))
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 16
+
+
+def test_one_day_holds_the_targets_of_several_campaigns(spark: SparkSession, config: Config) -> None:
+    config = adjusted(config)
+    world = make_world(make_events(random.Random(7), 6, -60, 1))
+    inputs = make_inputs(spark, world)
+    names = examples.parse_campaigns("b0, a0,b0")
+    assert names == ("a0", "b0")
+    both, *single = (
+        {row["user_id"]: row for row in examples.build_scoring(inputs, chosen, D, config).collect()}
+        for chosen in (names, ("a0",), ("b0",))
+    )
+    assert set(both) == {f"u{n}" for n in range(8)}
+    for user, row in both.items():
+        alone = [rows[user] for rows in single]
+        assert row["target_ids"] == ["a0", "b0"]
+        assert row["target_sizes"] == [3, 1]
+        assert row["targets"] == alone[0]["targets"] + alone[1]["targets"]
+        assert row["wide"] == alone[0]["wide"] + alone[1]["wide"]
+        assert (row["history"], row["length"]) == (alone[0]["history"], alone[0]["length"])
+        assert alone[0]["wide"] != alone[1]["wide"]
+    with pytest.raises(ConfigError, match="campaign 'z' is not in table campaigns"):
+        examples.build_scoring(inputs, ("a0", "z"), D, config)
+    with pytest.raises(ConfigError, match="remove the empty one"):
+        examples.parse_campaigns("18,,19")
+
+
+def test_a_popularity_table_beyond_its_bound_is_refused(
+    spark: SparkSession, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(spark, make_world(make_events(random.Random(8), 6, -60, 1)))
+    table = examples.build_popularity(inputs.events, config.examples, D, "UTC")
+    cells = table.weights.size
+    assert cells == len(table.pairs) * len(table.starts_minutes) > 50
+    monkeypatch.setattr(examples, "MAX_POPULARITY_CELLS", cells)
+    examples.build_popularity(inputs.events, config.examples, D, "UTC")
+    monkeypatch.setattr(examples, "MAX_POPULARITY_CELLS", cells - 1)
+    with pytest.raises(ConfigError, match=rf"are {cells} cells, .* raise examples.negative_refresh_days"):
+        examples.build_popularity(inputs.events, config.examples, D, "UTC")

@@ -5,6 +5,8 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,9 +19,10 @@ from numpy.typing import ArrayLike
 
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import layouts
-from couponflow.training import feed
+from couponflow.training import feed, reader
 from couponflow.training.launch import Workers
 
+T0 = datetime(2024, 1, 1, tzinfo=UTC)
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
 
 
@@ -34,12 +37,22 @@ def make_example(number: int, split: str = "train", length: int = 2) -> dict[str
         "target_id": f"c{number % 3}",
         "split": split,
         "vocabulary_version": "v1",
+        "as_of": T0 + timedelta(days=number),
+        "mature_time": T0 + timedelta(days=number + 10),
         "label": number % 2,
         "history": history.astype("<i4").tobytes(),
         "negatives": generator.integers(1, 8, (length, 2)).astype("<i4").tobytes(),
         "target": np.array([[number % 7 + 1, 2, 3]], "<i4").tobytes(),
         "wide": wide.astype("<f4").tobytes(),
     }
+
+
+def dataset_of(files: dict[str, dict[str, int]], vocabulary: str = "v1", **over: object) -> feed.Dataset:
+    """A dataset of these files as table version 3, its row groups read off the footers."""
+    uris = {uri for named in files.values() for uri in named}
+    groups = {uri: reader.row_groups(reader.read_footer(uri)) for uri in uris}
+    base = feed.Dataset(3, vocabulary, SIZES, layouts.WIDE_FEATURES, files, groups)
+    return replace(base, **over)
 
 
 def write_file(folder: Path, name: str, rows: list[dict[str, object]], rows_per_group: int = 100) -> str:
@@ -61,7 +74,7 @@ def make_dataset(folder: Path, sizes: tuple[int, ...], valid: int = 1) -> feed.D
         files["train"][uri] = size - min(valid, size)
         files["valid"][uri] = min(valid, size)
         number += size
-    return feed.Dataset(3, "v1", SIZES, layouts.WIDE_FEATURES, files)
+    return dataset_of(files)
 
 
 class Thread(Workers):
@@ -137,8 +150,7 @@ def test_equal_steps_and_conservation_with_uneven_shards(tmp_path: Path) -> None
 def test_a_rank_without_any_row_of_the_split_yields_fillers(tmp_path: Path) -> None:
     first = write_file(tmp_path, "a.parquet", [make_example(n) for n in range(5)])
     second = write_file(tmp_path, "b.parquet", [make_example(n, "valid") for n in range(5, 8)])
-    files = {"train": {first: 5, second: 0}}
-    dataset = feed.Dataset(1, "v1", SIZES, layouts.WIDE_FEATURES, files)
+    dataset = dataset_of({"train": {first: 5, second: 0}, "valid": {second: 3}})
     left, right = run_ranks(2, lambda workers: numbers(feed.Feed(dataset, "train", workers, 4).epoch()))
     assert [len(step) for step in left] == [2, 2, 1]
     assert right == [[], [], []]
@@ -156,15 +168,78 @@ def test_shuffling_repeats_by_seed_and_epoch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("said", [3, 5])
-def test_rows_that_differ_from_the_manifest_stop_all_ranks(tmp_path: Path, said: int) -> None:
+def test_rows_of_a_split_that_differ_from_the_manifest_stop_all_ranks(tmp_path: Path, said: int) -> None:
     first = write_file(tmp_path, "a.parquet", [make_example(n, "train" if n else "valid") for n in range(5)])
     second = write_file(tmp_path, "b.parquet", [make_example(n) for n in range(5, 8)])
-    dataset = feed.Dataset(1, "v1", SIZES, layouts.WIDE_FEATURES, {"train": {first: said, second: 3}})
-    found = run_ranks(2, lambda workers: list(feed.Feed(dataset, "train", workers, 4).epoch()))
+    dataset = dataset_of({"train": {first: said, second: 3}, "valid": {first: 5 - said}})
+    found = run_ranks(2, lambda workers: list(feed.Feed(dataset, "train", workers, 4).epoch(6)))
     assert all(isinstance(error, DataError) for error in found), found
-    assert f"expected {said + 3} rows, read 7" in str(found[0])
+    assert f"split train of training_examples version 3, epoch 6: expected {said + 3} rows, read 7" in str(
+        found[0]
+    )
     with pytest.raises(DataError, match=f"expected {said + 3} rows, read 7"):
         feed.read_all(dataset, "train")
+
+
+@pytest.mark.parametrize("change", ["lost", "twice"])
+def test_a_shard_that_reads_other_rows_than_its_row_groups_is_named_on_all_ranks(
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that ends early, or repeats a row group, raises nothing by itself."""
+    dataset = make_dataset(tmp_path, (4, 5, 6, 7), valid=0)
+    whole = reader.Shard.__iter__
+
+    def broken(shard: reader.Shard) -> Iterator[dict[str, np.ndarray]]:
+        groups = list(whole(shard))
+        if shard._rank == 1:
+            groups = groups[:-1] if change == "lost" else [*groups, groups[0]]
+            shard.num_rows = sum(len(group["label"]) for group in groups)
+        yield from groups
+
+    monkeypatch.setattr(reader.Shard, "__iter__", broken)
+    found = run_ranks(2, lambda workers: list(feed.Feed(dataset, "train", workers, 4).epoch(2)))
+    read = 5 if change == "lost" else 17
+    for error in found:
+        assert isinstance(error, DataError)
+        expected = "split train, shard 1 of 2 of training_examples version 3, epoch 2: expected 12 rows, "
+        assert str(error).startswith(f"{expected}read {read};")
+
+
+def test_shards_and_their_rows_follow_from_the_manifest(tmp_path: Path) -> None:
+    rows = [make_example(n, "train" if n % 5 else "valid") for n in range(23)]
+    first = write_file(tmp_path, "a.parquet", rows[:13], rows_per_group=4)  # 4 4 4 1
+    second = write_file(tmp_path, "b.parquet", rows[13:], rows_per_group=3)  # 3 3 3 1
+    valid = {first: 3, second: 2}
+    dataset = dataset_of({"train": {first: 10, second: 8}, "valid": valid})
+    for size in range(1, 9):
+        shards = [reader.Shard([first, second], ["label"], rank, size) for rank in range(size)]
+        read = [sum(len(group["label"]) for group in shard) for shard in shards]
+        assert read == dataset.shard_rows([first, second], size) == [shard.num_rows for shard in shards]
+        assert sum(read) == 23
+
+
+@pytest.mark.parametrize(("rank", "size"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_shard_outside_the_group_is_refused(rank: int, size: int) -> None:
+    with pytest.raises(ConfigError, match=f"shard {rank} of {size}"):
+        reader.Shard(["a"], ["label"], rank, size)
+
+
+@pytest.mark.parametrize("pool", ["thread", "dummy"])
+@pytest.mark.parametrize("workers", [1, 2, 10])
+def test_a_hundred_reads_lose_and_repeat_nothing(
+    tmp_path: Path, pool: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 9: rows equal the manifest each time, shards are disjoint, whatever the reader's threads."""
+    monkeypatch.setattr(reader, "_WORKERS", workers)
+    monkeypatch.setattr(reader, "_POOL", pool)
+    rows = [make_example(number) for number in range(75)]
+    uris = [write_file(tmp_path, f"{n}.parquet", rows[25 * n : 25 * n + 25], 5) for n in range(3)]
+    dataset = dataset_of({"train": dict.fromkeys(uris, 25)})
+    for number in range(17):  # times 6 cases
+        shards = [reader.Shard(uris, ["example_id"], rank, 2, seed=number) for rank in range(2)]
+        read = [[name for group in shard for name in group["example_id"]] for shard in shards]
+        assert [len(names) for names in read] == dataset.shard_rows(uris, 2) == [40, 35]
+        assert len({*read[0], *read[1]}) == 75
 
 
 def test_damaged_data_stops_all_ranks_and_names_the_file(tmp_path: Path) -> None:
@@ -174,7 +249,7 @@ def test_damaged_data_stops_all_ranks_and_names_the_file(tmp_path: Path) -> None
     content = bytearray(path.read_bytes())
     content[4:4000] = bytes(3996)
     path.write_bytes(content)
-    dataset = feed.Dataset(1, "v1", SIZES, layouts.WIDE_FEATURES, {"train": {good: 300, bad: 300}})
+    dataset = dataset_of({"train": {good: 300, bad: 300}})
     left, right = run_ranks(2, lambda workers: list(feed.Feed(dataset, "train", workers, 64).epoch()))
     assert isinstance(left, DataError)
     assert isinstance(right, DataError)
@@ -221,16 +296,16 @@ def test_drifted_columns_are_named(tmp_path: Path, column: str, value: object, m
     if value is not None:
         table = table.append_column(column, pa.array([value] * 3))
     pq.write_table(table, tmp_path / "x.parquet")
-    files = {"train": {(tmp_path / "x.parquet").as_uri(): 3}}
+    dataset = dataset_of({"train": {(tmp_path / "x.parquet").as_uri(): 3}})
     with pytest.raises(DataError, match=f"column .*x.parquet: {message}"):
-        feed.check(feed.Dataset(1, "v1", SIZES, layouts.WIDE_FEATURES, files), "train", columns=(column,))
+        feed.check(dataset, "train", columns=(column,))
 
 
 def test_rows_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
     """A rebuild of some dates leaves the others as they were; their ids name other things."""
     old = write_file(tmp_path, "a.parquet", [make_example(n) for n in range(4)])
     new = write_file(tmp_path, "b.parquet", [make_example(4) | {"vocabulary_version": "v2"}])
-    dataset = feed.Dataset(3, "v2", SIZES, layouts.WIDE_FEATURES, {"train": {old: 4, new: 1}})
+    dataset = dataset_of({"train": {old: 4, new: 1}}, "v2")
     with pytest.raises(DataError, match="version 3 mixes vocabularies v1 and v2; run build_examples for all"):
         list(feed.Feed(dataset, "train", Workers(), 8).epoch())
     with pytest.raises(DataError, match="mixes vocabularies"):
@@ -240,7 +315,7 @@ def test_rows_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["item", "category", "shop", "event_type"])
 def test_ids_beyond_the_vocabulary_stop_before_the_network_sees_them(tmp_path: Path, field: str) -> None:
     dataset = make_dataset(tmp_path, (30,))
-    short = feed.Dataset(3, "v1", SIZES | {field: 3}, layouts.WIDE_FEATURES, dataset.files)
+    short = replace(dataset, vocabulary_sizes=SIZES | {field: 3})
     with pytest.raises(DataError, match=rf"split train: {field} id \d is beyond vocabulary v1"):
         list(feed.Feed(short, "train", Workers(), 100).epoch())
 
@@ -284,13 +359,13 @@ def test_remote_files_are_read_through_the_legacy_adapter(
             return "/" + path.removeprefix("gs://").strip("/")
 
     bucket = Bucket(skip_instance_cache=True)
-    monkeypatch.setattr(feed, "_gcs", lambda: bucket)
+    monkeypatch.setattr(reader, "_gcs", lambda: bucket)
     local, remote = make_dataset(tmp_path, (5, 3, 6), valid=2), {}
     for split, named in local.files.items():
         remote[split] = {f"gs://bucket/lake/{Path(uri).name}": rows for uri, rows in named.items()}
     for path in tmp_path.iterdir():
         bucket.pipe_file(f"gs://bucket/lake/{path.name}", path.read_bytes())
-    dataset = feed.Dataset(3, "v1", SIZES, layouts.WIDE_FEATURES, remote)
+    dataset = dataset_of(remote)
     assert feed.read_all(dataset, "train") == feed.read_all(local, "train")
     bucket.rm("gs://bucket/lake/part-1.parquet")
     with pytest.raises(DataError, match=r"gs://bucket/lake/part-1.parquet .* does not exist"):
@@ -302,6 +377,7 @@ def test_pickled_metadata_is_refused(tmp_path: Path, where: str) -> None:
     dataset = make_dataset(tmp_path, (4,))
     table = pq.read_table(tmp_path / "part-0.parquet")
     marked = table.replace_schema_metadata({b"dataset-toolkit.unischema.v1": b"cos\nsystem\n(S'true'\ntR."})
+    assert dataset.rows("train") == 3
     if where == "_common_metadata":
         pq.write_metadata(marked.schema, tmp_path / where)
     else:
@@ -326,17 +402,82 @@ def test_read_all_is_ordered_by_example_and_carries_ids(tmp_path: Path) -> None:
 
 def test_manifest_round_trip_pointer_and_immutability(tmp_path: Path) -> None:
     root = str(tmp_path / "lake")
-    files = {"train": {"file:///a": 3}, "valid": {"file:///a": 1}}
-    uri = feed.write_manifest(root, 4, files, "voc-1", SIZES, "run-1")
-    assert uri.endswith("datasets/training_examples-v4.json")
-    assert feed.write_manifest(root, 4, files, "voc-1", SIZES, "run-2") == uri  # a rerun writes the same
+    made = make_dataset(tmp_path / "files", (4, 3))
+    fold = {"cutoff": "2024-01-01", "start": "2024-01-01T00:00:00+00:00", "end": "", "train_rows": 3}
+    dataset = replace(made, row_groups={}, sampling_rate=0.25, folds=(fold,))
+    uri = feed.write_manifest(root, dataset, "run-1")
+    assert uri.endswith("datasets/training_examples-v3.json")
+    assert feed.write_manifest(root, dataset, "run-2") == uri  # a rerun writes the same
     with pytest.raises(ConflictError, match="other content"):
-        feed.write_manifest(root, 4, {"train": {"file:///b": 3}}, "voc-1", SIZES, "run-3")
-    feed.write_manifest(root, 5, {"train": {"file:///b": 7}}, "voc-2", SIZES, "run-4")
+        feed.write_manifest(root, replace(dataset, vocabulary_version="v2"), "run-3")
+    feed.write_manifest(root, replace(dataset, table_version=5), "run-4")
     assert feed.load_manifest(root).table_version == 5
-    old = feed.load_manifest(root, 4)
-    assert (old.files, old.vocabulary_version, old.vocabulary_sizes) == (files, "voc-1", SIZES)
-    assert old.rows("train") == 3
+    old = feed.load_manifest(root, 3)
+    assert old == replace(dataset, row_groups=made.row_groups)
+    assert sorted(old.row_groups.values()) == [(3,), (4,)]
+    assert old.rows("train") == 5
+
+
+def test_rows_that_delta_has_only_marked_as_deleted_are_refused(tmp_path: Path) -> None:
+    """Petastorm would read them: the snapshot has fewer rows than the file."""
+    dataset = make_dataset(tmp_path, (4, 6))
+    uri = next(iter(dataset.files["train"]))
+    fewer = dataset.files | {"train": dataset.files["train"] | {uri: 2}}
+    marked = replace(dataset, files=fewer)
+    with pytest.raises(
+        DataError, match=r"part-0.parquet holds 4 rows, .* version 3 3 of them: .* deletion vec"
+    ):
+        feed.write_manifest(str(tmp_path), replace(marked, row_groups={}), "r")
+    with pytest.raises(DataError, match="deletion vectors"):
+        feed.check(marked, "train")
+    with pytest.raises(DataError, match="deletion vectors"):
+        feed.read_dated(marked)
+
+
+def test_a_file_whose_row_groups_changed_is_refused(tmp_path: Path) -> None:
+    uri = write_file(tmp_path, "a.parquet", [make_example(n) for n in range(6)], 3)
+    dataset = dataset_of({"train": {uri: 6}})
+    write_file(tmp_path, "a.parquet", [make_example(n) for n in range(6)], 4)
+    with pytest.raises(DataError, match=r"row groups of \[4, 2\] rows, the manifest says \[3, 3\]"):
+        feed.check(dataset, "train")
+
+
+def test_orphans_beside_the_files_are_not_read(tmp_path: Path) -> None:
+    """Fault 19: what a broken write left in the folder belongs to no snapshot."""
+    dataset = make_dataset(tmp_path, (5, 4), valid=0)
+    write_file(tmp_path, "part-9-orphan.parquet", [make_example(n) for n in range(100, 120)])
+    (tmp_path / "_temporary").mkdir()
+    write_file(tmp_path / "_temporary", "x.parquet", [make_example(n) for n in range(200, 203)])
+    (tmp_path / "part-8.parquet").write_bytes(b"PAR1 half a file")
+    assert sorted(flat(numbers(feed.Feed(dataset, "train", Workers(), 4).epoch()))) == list(range(9))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty"])
+def test_a_half_written_manifest_is_refused(tmp_path: Path, damage: str) -> None:
+    feed.write_manifest(str(tmp_path), make_dataset(tmp_path / "files", (4,)), "r")
+    for path in (tmp_path / "datasets").iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    with pytest.raises(DataError, match="is no dataset manifest"):
+        feed.load_manifest(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_file_of_our_own_table_is_named(tmp_path: Path, damage: str) -> None:
+    """Fault 12: pyarrow names no file."""
+    dataset = make_dataset(tmp_path, (300, 300), valid=0)
+    path = tmp_path / "part-1.parquet"
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    else:
+        group = pq.read_metadata(path).row_group(0)
+        columns = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
+        start = columns["wide"].data_page_offset
+        content[start : start + 24] = bytes(byte ^ 0xFF for byte in content[start : start + 24])
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"part-1\.parquet"):
+        list(feed.Feed(dataset, "train", Workers(), 64).epoch())
 
 
 def test_missing_damaged_and_foreign_manifests(tmp_path: Path) -> None:
@@ -347,7 +488,7 @@ def test_missing_damaged_and_foreign_manifests(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(DataError, match="is no dataset manifest"):
         feed.load_manifest(str(tmp_path))
-    feed.write_manifest(str(tmp_path / "b"), 1, {}, "v", SIZES, "r")
+    feed.write_manifest(str(tmp_path / "b"), feed.Dataset(1, "v", SIZES, layouts.WIDE_FEATURES, {}), "r")
     tree = json.loads((tmp_path / "b/datasets/training_examples.json").read_text())
     path.write_text(json.dumps(tree | {"wide_features": ["spend"]}))
     with pytest.raises(DataError, match="lists 1 aggregates that differ"):

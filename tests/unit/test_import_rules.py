@@ -58,8 +58,8 @@ AT_TOP = {
 DOORS = {
     "delta": {"lake.tables"},
     "google": {"lake.storage"},
-    "petastorm": {"training.feed"},
-    "gcsfs": {"training.feed"},
+    "petastorm": {"training.reader"},
+    "gcsfs": {"training.reader"},
     "horovod": {"training.launch"},
     "tomllib": {"config"},
 }

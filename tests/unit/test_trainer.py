@@ -15,7 +15,7 @@ from couponflow.errors import DataError
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
 from couponflow.models.dien import Dien
 from couponflow.sections import ModelConfig, TrainingConfig
-from couponflow.training import trainer
+from couponflow.training import metrics, trainer
 from couponflow.training.launch import Workers
 
 WIDE = 5
@@ -264,6 +264,28 @@ def test_the_best_weights_are_left_in_the_network() -> None:
     losses = [epoch.valid_log_loss for epoch in fitted.epochs]
     assert fitted.best.valid_log_loss == min(losses)
     assert fitted.best.epoch == 1 + losses.index(min(losses))
+
+
+def test_the_shift_of_sampled_rows_enters_the_validation_loss_only() -> None:
+    config = TrainingConfig(max_epochs=1)
+    held = learnable(200, 3)
+    plain, shifted = (
+        trainer.fit(
+            make_network(),
+            lambda e: split(learnable(64, 1), 8),
+            lambda: [held],
+            config,
+            0.0,
+            Workers(),
+            valid_shift=shift,
+        )
+        for shift in (0.0, -1.5)
+    )
+    assert [e.train_loss for e in shifted.epochs] == [e.train_loss for e in plain.epochs]
+    assert shifted.best.valid_auc == plain.best.valid_auc
+    label = shifted.valid_label
+    assert shifted.best.valid_log_loss == metrics.log_loss(shifted.valid_logit - 1.5, label)
+    assert plain.best.valid_log_loss == metrics.log_loss(plain.valid_logit, label)
 
 
 def test_every_validation_row_counts_once_over_ranks() -> None:

@@ -321,8 +321,8 @@ TABLES: dict[str, Table] = {
             (
                 _required("version", "string", "vocabulary version"),
                 _required("field", "string", "one of " + ", ".join(layouts.VOCABULARY_FIELDS)),
-                _required("value", "string", "value; <PAD> and <OOV> included"),
-                _required("index", "int", "0 PAD, 1 OOV, real values from 2"),
+                _required("value", "string", "value; <PAD>, <OOV> and <BUCKET n> included"),
+                _required("index", "int", "0 PAD, 1 OOV, then hash buckets, then real values"),
                 _required(
                     "num_events", "bigint", "events that carried the value in the range it was built from"
                 ),
@@ -358,6 +358,8 @@ TABLES: dict[str, Table] = {
                 _required("split", "string", "train, train_late, valid, embargo or test"),
                 _required("label", "int", "1 = converted in the label window"),
                 _required("label_end", "timestamp", "exclusive end of the label window, UTC"),
+                _required("mature_time", "timestamp", "from when on the label is final, UTC"),
+                _required("sampling_rate", "double", "probability with which a row of its label was kept"),
                 _LENGTH,
                 _HISTORY,
                 _required("negatives", "binary", "int32 LE [length, item category], aligned with history"),

@@ -1,6 +1,7 @@
 """sends x orders or redemptions -> conversions; and the label window that labels and examples share.
 
-A window is half-open: ``label_start <= time < label_end``.
+A window is half-open: ``label_start <= time < label_end``. Its label is final at ``mature_time``, when the
+return window of the last possible order is over too: what is delivered on a later day changes it no more.
 """
 
 from typing import Any
@@ -15,6 +16,9 @@ from couponflow.sections import ConversionsConfig
 
 #: Per source: the table's key, and the time that must lie in the window.
 PROOFS = {"orders": ("order_id", "order_time"), "redemptions": ("redemption_id", "redemption_time")}
+#: What an order must not become while it may be returned.
+UNDONE = ("cancelled", "returned")
+_DAY_MICROS = 86_400_000_000
 
 
 def _midnight(day: Column, time_zone: str) -> Column:
@@ -43,26 +47,38 @@ def first_deliveries(rows: DataFrame, key: str) -> DataFrame:
 def with_label_window(
     sends: DataFrame, campaigns: DataFrame, config: ConversionsConfig, time_zone: str
 ) -> DataFrame:
-    """Add ``label_start`` and ``label_end`` (UTC, half-open) to each send.
+    """Add ``label_start``, ``label_end`` (half-open) and ``mature_time`` to each send, all UTC.
 
     Grain: one row per send, as given. Needs: ``campaign_id``, ``send_date`` and ``delivered_time``.
     Rule: window 'campaign' = [local midnight of start_date, local midnight after end_date), for a send after
         the start from local midnight of its own day: what came before the mail is no answer to it;
-        'days' = [delivered_time, delivered_time + label_days of 24 h).
+        'days' = [delivered_time, delivered_time + label_days of 24 h). ``gap_days`` move the start of either
+        and the end of 'days'; a campaign that ends inside the gap has an empty window, label_end =
+        label_start. ``mature_time`` is ``return_days`` of 24 h after label_end.
     Nulls: a send of an unknown campaign has a null window under 'campaign'; ``check_campaigns`` refuses it.
     """
     if config.window == "days":
-        micros = F.unix_micros("delivered_time") + config.label_days * 86_400_000_000
-        return sends.withColumn("label_start", F.col("delivered_time")).withColumn(
-            "label_end", F.timestamp_micros(micros)
+        start = _later(F.col("delivered_time"), config.gap_days)
+        windows = sends.withColumn("label_start", start).withColumn(
+            "label_end", _later(start, config.label_days)
         )
-    periods = latest_campaigns(campaigns).select(
-        "campaign_id", "start_date", _midnight(F.date_add("end_date", 1), time_zone).alias("label_end")
-    )
-    first_day = F.when(F.col("start_date").isNotNull(), F.greatest("start_date", "send_date"))
-    return sends.join(F.broadcast(periods), "campaign_id", "left").select(
-        *sends.columns, _midnight(first_day, time_zone).alias("label_start"), "label_end"
-    )
+    else:
+        periods = latest_campaigns(campaigns).select(
+            "campaign_id", "start_date", _midnight(F.date_add("end_date", 1), time_zone).alias("period_end")
+        )
+        first_day = F.when(F.col("start_date").isNotNull(), F.greatest("start_date", "send_date"))
+        start = _midnight(F.date_add(first_day, config.gap_days), time_zone)
+        windows = sends.join(F.broadcast(periods), "campaign_id", "left").select(
+            *sends.columns,
+            start.alias("label_start"),
+            F.when(first_day.isNotNull(), F.greatest("period_end", start)).alias("label_end"),
+        )
+    return windows.withColumn("mature_time", _later(F.col("label_end"), config.return_days))
+
+
+def _later(time: Column, days: int) -> Column:
+    """An instant plus whole days of 24 h."""
+    return F.timestamp_micros(F.unix_micros(time) + F.lit(days * _DAY_MICROS))
 
 
 def check_campaigns(sends: DataFrame, campaigns: DataFrame) -> None:
@@ -86,25 +102,46 @@ def attribute(
     """Find the sends that converted, as rows of ``conversions``.
 
     Grain: one row per converted send; a send without proof in its window gives none.
+    Input: ``proofs`` holds every delivery, as ``read_proofs`` gives them.
     Rule: a redemption proves a send of the same user and campaign, an order one of the same user; its
-        time lies in the send's window. A proof delivered twice counts once (if its time changed, with
-        any of them); one order may prove the sends of several campaigns.
+        time lies in the send's window. The first delivery of a proof counts, once; one order may prove the
+        sends of several campaigns. With ``return_days`` an order proves nothing that any delivery calls
+        cancelled or returned (``UNDONE``) less than so many days of 24 h after order_time; a status without
+        time counts from the order on.
+    Late: what is delivered after the business day on which the send matures is not looked at, so that a
+        rerun never changes a mature label.
     Cost: one join by user, one shuffle by send.
     """
     key, time = PROOFS[config.source]
-    found = proofs.select(
-        F.col("user_id"),
+    on = ["user_id", "campaign_id"] if config.source == "redemptions" else ["user_id"]
+    found = first_deliveries(proofs, key).select(
+        *on,
         F.col(time).alias("proof_time"),
         F.col(key).alias("proof_id"),
-        *([F.col("campaign_id")] if config.source == "redemptions" else []),
+        F.col("ingest_date").alias("known_date"),
     )
-    on = ["user_id", "campaign_id"] if config.source == "redemptions" else ["user_id"]
     inside = (F.col("proof_time") >= F.col("label_start")) & (F.col("proof_time") < F.col("label_end"))
-    return (
+    # The last business day that is over when the label is final.
+    last_moment = F.timestamp_micros(F.unix_micros("mature_time") - 1)
+    last_day = F.to_date(F.from_utc_timestamp(last_moment, time_zone))
+    pairs = (
         with_label_window(sends, campaigns, config, time_zone)
+        .withColumn("last_day", last_day)
         .join(found, on, "inner")
-        .where(inside)
-        .groupBy("send_id", "campaign_id", "user_id", "send_date")
+        .where(inside & (F.col("known_date") <= F.col("last_day")))
+    )
+    if config.source == "orders" and config.return_days:
+        undone = proofs.where(F.col("order_status").isin(*UNDONE)).select(
+            F.col(key).alias("undone_id"), "status_time", F.col("ingest_date").alias("told_date")
+        )
+        is_undone = (
+            (F.col("proof_id") == F.col("undone_id"))
+            & (F.col("told_date") <= F.col("last_day"))
+            & (F.coalesce("status_time", "proof_time") < _later(F.col("proof_time"), config.return_days))
+        )
+        pairs = pairs.join(undone, is_undone, "left_anti")
+    return (
+        pairs.groupBy("send_id", "campaign_id", "user_id", "send_date")
         .agg(
             F.min("proof_time").alias("converted_time"),
             F.count_distinct("proof_id").alias("num_conversions"),
@@ -132,19 +169,20 @@ def read_proofs(
     config: ConversionsConfig,
     time_zone: str,
 ) -> DataFrame:
-    """Orders or redemptions that can lie in a window of these sends, late deliveries included.
+    """Deliveries of orders or redemptions that can lie in a window of these sends, later ones included.
 
-    Cost: one small job finds the earliest and latest window.
+    Cost: one small job finds the earliest window and the last day that counts.
     """
     edges: Any = (
         with_label_window(sends, campaigns, config, time_zone)
-        .agg(F.min("label_start").alias("first"), F.max("label_end").alias("last"))
+        .agg(F.min("label_start").alias("first"), F.max("mature_time").alias("last"))
         .collect()[0]
     )
-    time = F.col(PROOFS[config.source][1])
     rows = tables.read(spark, root_uri, config.source)
     if edges["first"] is None:
         return rows.where(F.lit(False))
     # Nothing is delivered before it happens, but for clocks and time zones: a day either way.
-    delivered = F.col("ingest_date") >= F.date_sub(F.to_date(F.lit(edges["first"])), 2)
-    return rows.where(delivered & (time >= F.lit(edges["first"])) & (time < F.lit(edges["last"])))
+    first, last = (F.to_date(F.lit(edges[name])) for name in ("first", "last"))
+    return rows.where(
+        (F.col("ingest_date") >= F.date_sub(first, 2)) & (F.col("ingest_date") <= F.date_add(last, 1))
+    )

@@ -1,25 +1,24 @@
-"""The only door to Petastorm: examples of ONE pinned snapshot as batches, every row counted.
+"""Examples of ONE pinned snapshot as batches, every row counted, per shard and epoch.
 
 A dataset is a manifest object: the files of one version of ``training_examples`` with the rows of each split
-in them, written by the job that builds the examples. Training opens exactly those files, never a folder.
-Importing this module brings neither torch nor Petastorm, so that the Spark side may write manifests.
+and of each row group in them, written by the job that builds the examples. Training opens exactly those
+files, never a folder. Importing this module brings neither torch nor Petastorm, so that the Spark side may
+write manifests.
 """
 
 import json
 import logging
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote, urlparse
 
 import numpy as np
 from numpy.typing import NDArray
 
 from couponflow.errors import ConfigError, CouponflowError, DataError
 from couponflow.lake import layouts, schemas, storage
+from couponflow.training import reader
 from couponflow.training.launch import Workers
 
 if TYPE_CHECKING:
@@ -32,32 +31,49 @@ TABLE = "training_examples"
 WIDE_COLUMNS = ("split", "vocabulary_version", "wide", "label", "example_id")
 COLUMNS = ("split", "vocabulary_version", "history", "negatives", "target", "wide", "label")
 ALL_COLUMNS = (*COLUMNS, "example_id", "user_id", "target_id")
-_ARROW_TYPES = {"string": "string", "binary": "binary", "int": "int32"}
-#: Petastorm unpickles this metadata key: a dataset that carries it is refused unread.
-_UNISCHEMA = b"unischema"
-#: One reading thread: two deliver row groups in an order that differs from run to run.
-_WORKERS = 1
+#: What the back-test reads: aggregates, whose they are and when they were known.
+DATED_COLUMNS = (*WIDE_COLUMNS, "user_id", "target_id", "as_of", "mature_time")
+_TIMES = ("as_of", "mature_time")
+_ARROW_TYPES = {
+    "string": ("string",),
+    "binary": ("binary",),
+    "int": ("int32",),
+    "timestamp": ("timestamp[ns]", "timestamp[us]", "timestamp[us, tz=UTC]"),
+}
 #: A long pass says how far it is, or the launcher would take it for hung.
 _PROGRESS_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Files of one table version: ``files`` maps a split to {file URI: rows of the split in it}."""
+    """Files of one table version.
+
+    ``files`` maps a split to {file URI: rows of the split in it}, ``row_groups`` a file URI to the rows of
+    its row groups. ``sampling_rate`` is the share of training negatives that was kept; ``folds`` are the
+    cut-offs of the back-test with the rows that train and test each.
+    """
 
     table_version: int
     vocabulary_version: str
     vocabulary_sizes: dict[str, int]
     wide_features: tuple[str, ...]
     files: dict[str, dict[str, int]]
+    row_groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    sampling_rate: float = 1.0
+    folds: tuple[dict[str, Any], ...] = ()
 
     def rows(self, split: str) -> int:
         """Rows of a split over all files."""
         return sum(self.files.get(split, {}).values())
 
+    def shard_rows(self, uris: Sequence[str], size: int) -> list[int]:
+        """Rows of each of ``size`` shards of these files, all splits; row group n belongs to n mod size."""
+        groups = [rows for uri in uris for rows in self.row_groups[uri]]
+        return [sum(groups[rank::size]) for rank in range(size)]
+
 
 class Example(NamedTuple):
-    """One row as stored; what was not asked for is empty."""
+    """One row as stored; what was not asked for is empty. Times are UTC microseconds since 1970."""
 
     wide: bytes
     label: float
@@ -67,32 +83,30 @@ class Example(NamedTuple):
     example_id: str = ""
     user_id: str = ""
     target_id: str = ""
+    as_of: int = 0
+    mature_time: int = 0
 
 
-def write_manifest(
-    root_uri: str,
-    table_version: int,
-    files: Mapping[str, Mapping[str, int]],
-    vocabulary_version: str,
-    vocabulary_sizes: Mapping[str, int],
-    run_id: str,
-) -> str:
+def write_manifest(root_uri: str, dataset: Dataset, run_id: str) -> str:
     """Publish what training may read; returns the URI of the versioned manifest.
 
-    ``files``: split -> {file URI: rows of the split in that file}, of the snapshot ``table_version``.
-    ``vocabulary_sizes``: rows of each embedding (largest index + 1) for item, category, shop, event_type.
+    Rows per row group are read off the files' footers, unless the dataset brings them.
     Writes ``datasets/training_examples-v<version>.json`` once, then moves the pointer
     ``datasets/training_examples.json``.
+
+    Raises:
+        DataError: a file is missing or damaged, or holds other rows than the snapshot.
     """
-    dataset = Dataset(
-        table_version,
-        vocabulary_version,
-        dict(vocabulary_sizes),
-        layouts.WIDE_FEATURES,
-        {split: dict(sorted(named.items())) for split, named in sorted(files.items())},
-    )
+    files = {split: dict(sorted(named.items())) for split, named in sorted(dataset.files.items())}
+    if not dataset.row_groups:
+        uris = sorted({uri for named in files.values() for uri in named})
+        row_groups = {uri: reader.row_groups(_footer(dataset, uri)) for uri in uris}
+        dataset = replace(dataset, row_groups=row_groups)
+        for uri in uris:
+            _check_rows(dataset, uri, row_groups[uri])
+    dataset = replace(dataset, files=files)
     content = json.dumps({"table": TABLE, **asdict(dataset)}, indent=1, sort_keys=True).encode()
-    uri = storage.join(root_uri, "datasets", f"{TABLE}-v{table_version}.json")
+    uri = storage.join(root_uri, "datasets", f"{TABLE}-v{dataset.table_version}.json")
     storage.create(uri, content, run_id)
     pointer = storage.join(root_uri, "datasets", f"{TABLE}.json")
     held = storage.read_bytes(pointer) if storage.exists(pointer) else None
@@ -116,6 +130,9 @@ def load_manifest(root_uri: str, table_version: int | None = None) -> Dataset:
             {str(key): int(size) for key, size in tree["vocabulary_sizes"].items()},
             tuple(tree["wide_features"]),
             {split: {str(u): int(n) for u, n in named.items()} for split, named in tree["files"].items()},
+            {str(u): tuple(int(n) for n in sizes) for u, sizes in tree["row_groups"].items()},
+            float(tree["sampling_rate"]),
+            tuple(dict(fold) for fold in tree["folds"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{uri} is no dataset manifest ({error!r}); run build_examples again") from error
@@ -127,58 +144,70 @@ def load_manifest(root_uri: str, table_version: int | None = None) -> Dataset:
     return dataset
 
 
+def _footer(dataset: Dataset, uri: str) -> Any:
+    try:
+        return reader.read_footer(uri)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{uri} of {TABLE} version {dataset.table_version} does not exist (vacuumed?); "
+            "run build_examples again"
+        ) from error
+
+
+def _check_rows(dataset: Dataset, uri: str, groups: tuple[int, ...]) -> None:
+    """A file must hold the snapshot's rows and no other: Petastorm reads rows that Delta has only marked."""
+    expected = sum(named.get(uri, 0) for named in dataset.files.values())
+    if sum(groups) != expected:
+        raise DataError(
+            f"{uri} holds {sum(groups)} rows, {TABLE} version {dataset.table_version} {expected} of them: "
+            "rows are deleted by deletion vectors or the file was changed; rewrite it (REORG ... APPLY "
+            "(PURGE)) or run build_examples again"
+        )
+    if groups != dataset.row_groups.get(uri):
+        raise DataError(
+            f"{uri} has row groups of {list(groups)} rows, the manifest says "
+            f"{list(dataset.row_groups.get(uri, ()))}; the file was rewritten, run build_examples again"
+        )
+
+
 def check(dataset: Dataset, split: str, num_ranks: int = 1, columns: Sequence[str] = COLUMNS) -> None:
     """Open every footer of a split before anything is read.
 
     Raises:
-        DataError: no rows, a file that is missing or damaged, fewer rows than the manifest, a column that is
-            missing or of another type, or pickled metadata.
+        DataError: no rows, a file that is missing or damaged, other rows than the manifest (deletion vectors
+            included), a column that is missing or of another type, or pickled metadata.
         ConfigError: fewer row groups than ranks.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = dataset.files.get(split, {})
     if not dataset.rows(split):
         raise DataError(
             f"{TABLE} version {dataset.table_version} has no rows of split {split}; "
             "widen the dates of build_examples"
         )
-    declared = {column.name: column.type for column in schemas.TABLES[TABLE].columns}
-    num_groups = 0
-    for uri, rows in files.items():
-        try:
-            with _open(uri) as source:
-                footer = pq.read_metadata(source)
-        except FileNotFoundError as error:
-            raise DataError(
-                f"{uri} of {TABLE} version {dataset.table_version} does not exist (vacuumed?); "
-                "run build_examples again"
-            ) from error
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{uri} is no readable Parquet file ({error}); restore or rebuild it") from error
-        if any(_UNISCHEMA in key for key in footer.metadata or {}):
-            raise DataError(
-                f"{uri} carries pickled Petastorm metadata, which is never read; rewrite the file"
-            )
-        if footer.num_rows < rows:
-            raise DataError(f"{uri} holds {footer.num_rows} rows, the manifest says {rows}; rebuild it")
-        found = {field.name: str(field.type) for field in footer.schema.to_arrow_schema()}
-        for name in columns:
-            wanted = _ARROW_TYPES[declared[name]]
-            if found.get(name) != wanted:
-                raise DataError(
-                    f"column {name} of {uri}: expected {wanted}, found {found.get(name, 'nothing')}; "
-                    "run build_examples again"
-                )
-        num_groups += footer.num_row_groups
-    for folder in sorted({uri.rpartition("/")[0] for uri in files}):
-        _refuse_pickled_metadata(folder)
+    uris = list(dataset.files[split])
+    _check_files(dataset, uris, columns)
+    num_groups = sum(len(dataset.row_groups[uri]) for uri in uris)
     if num_groups < num_ranks:
         raise ConfigError(
             f"split {split} of {TABLE} version {dataset.table_version} has {num_groups} row groups, need >= "
             f"{num_ranks} for {num_ranks} ranks; lower training.num_ranks or rebuild with fewer rows per file"
         )
+
+
+def _check_files(dataset: Dataset, uris: Sequence[str], columns: Sequence[str]) -> None:
+    declared = {column.name: column.type for column in schemas.TABLES[TABLE].columns}
+    for uri in uris:
+        footer = _footer(dataset, uri)
+        _check_rows(dataset, uri, reader.row_groups(footer))
+        found = {field.name: str(field.type) for field in footer.schema.to_arrow_schema()}
+        for name in columns:
+            wanted = _ARROW_TYPES[declared[name]]
+            if found.get(name) not in wanted:
+                raise DataError(
+                    f"column {name} of {uri}: expected {wanted[0]}, found {found.get(name, 'nothing')}; "
+                    "run build_examples again"
+                )
+    for folder in sorted({uri.rpartition("/")[0] for uri in uris}):
+        reader.refuse_pickled_metadata(folder)
 
 
 class Feed:
@@ -220,12 +249,15 @@ class Feed:
         Collective: all ranks iterate to the end.
 
         Raises:
-            DataError: a file cannot be read, its ids are not of the manifest's vocabulary, or the rows of all
-                ranks differ from the manifest; on all ranks.
+            DataError: a file cannot be read, its ids are not of the manifest's vocabulary, or the rows of a
+                shard differ from the manifest; on all ranks.
         """
         from couponflow.models import batch
 
-        rows = self._examples(number)
+        uris = list(self._dataset.files[self._split])
+        seed = self._seed + number if self._shuffle_rows else None
+        shard = reader.Shard(uris, COLUMNS, self._workers.rank, self._workers.size, seed)
+        rows = self._examples(shard, number)
         num_read, reported = 0, time.monotonic()
         while True:
             held: list[Example] = []
@@ -253,14 +285,15 @@ class Feed:
                 reported = time.monotonic()
                 log.info("%s: %d of at most %d rows read", self._split, num_read, self.rows)
             yield made
-        total = int(self._workers.allreduce_sum(num_read)[0])
-        if total != self.rows:
-            raise _miscounted(self._dataset, self._split, total)
+        counted = np.zeros(1 + self._workers.size)
+        counted[[0, 1 + self._workers.rank]] = num_read, shard.num_rows
+        in_split, *by_shard = self._workers.allreduce_sum(counted).astype(int).tolist()
+        where = f"epoch {number}"
+        _check_shards(self._dataset, f"split {self._split}", uris, by_shard, where)
+        _check_count(self._dataset, f"split {self._split}", self.rows, in_split, where)
 
-    def _examples(self, number: int) -> Iterator[Example]:
-        shard = (self._workers.rank, self._workers.size)
-        seed = self._seed + number if self._shuffle_rows else None
-        rows = _read(self._dataset, self._split, COLUMNS, shard, seed)
+    def _examples(self, shard: reader.Shard, number: int) -> Iterator[Example]:
+        rows = _read(self._dataset, shard, COLUMNS, self._split)
         if not self._shuffle_rows:
             return rows
         generator = np.random.default_rng([self._seed, number, self._workers.rank])
@@ -276,17 +309,46 @@ def read_all(dataset: Dataset, split: str, columns: Sequence[str] = ALL_COLUMNS)
         DataError: as ``check``, or rows that differ from the manifest or its vocabulary.
     """
     check(dataset, split, columns=columns)
-    rows = sorted(_read(dataset, split, columns, shard=(0, 1), seed=None), key=lambda row: row.example_id)
-    if len(rows) != dataset.rows(split):
-        raise _miscounted(dataset, split, len(rows))
+    rows = _read_whole(dataset, list(dataset.files[split]), columns, split)
+    _check_count(dataset, f"split {split}", dataset.rows(split), len(rows), "one pass")
     return rows
 
 
-def _miscounted(dataset: Dataset, split: str, found: int) -> DataError:
-    return DataError(
-        f"split {split} of {TABLE} version {dataset.table_version}: expected {dataset.rows(split)} rows, "
-        f"read {found}; the files do not match the manifest, run build_examples again"
-    )
+def read_dated(dataset: Dataset) -> list[Example]:
+    """Every row of all splits with its times and aggregates, ordered by ``example_id``; for one process.
+
+    Raises:
+        DataError: as ``check``, or rows that differ from the manifest or its vocabulary.
+    """
+    uris = sorted({uri for named in dataset.files.values() for uri in named})
+    _check_files(dataset, uris, DATED_COLUMNS)
+    rows = _read_whole(dataset, uris, DATED_COLUMNS)
+    _check_count(dataset, "all splits", sum(map(dataset.rows, dataset.files)), len(rows), "one pass")
+    return rows
+
+
+def _read_whole(
+    dataset: Dataset, uris: Sequence[str], columns: Sequence[str], split: str | None = None
+) -> list[Example]:
+    shard = reader.Shard(uris, columns)
+    rows = sorted(_read(dataset, shard, columns, split), key=lambda row: row.example_id)
+    what = f"split {split}" if split else "all splits"
+    _check_shards(dataset, what, uris, [shard.num_rows], "one pass")
+    return rows
+
+
+def _check_shards(dataset: Dataset, what: str, uris: Sequence[str], found: Sequence[int], where: str) -> None:
+    """Rows of the row groups of each shard, as read and as the manifest has them."""
+    for rank, (expected, read) in enumerate(zip(dataset.shard_rows(uris, len(found)), found, strict=True)):
+        _check_count(dataset, f"{what}, shard {rank} of {len(found)}", expected, read, where)
+
+
+def _check_count(dataset: Dataset, what: str, expected: int, found: int, where: str) -> None:
+    if found != expected:
+        raise DataError(
+            f"{what} of {TABLE} version {dataset.table_version}, {where}: expected {expected} rows, "
+            f"read {found}; the files do not match the manifest, run build_examples again"
+        )
 
 
 def decode(rows: Sequence[Example]) -> "Batch":
@@ -322,125 +384,22 @@ def shuffled(rows: Iterator[Example], capacity: int, generator: np.random.Genera
 
 
 def _read(
-    dataset: Dataset, split: str, columns: Sequence[str], shard: tuple[int, int], seed: int | None
+    dataset: Dataset, shard: reader.Shard, columns: Sequence[str], split: str | None = None
 ) -> Iterator[Example]:
-    """Rows of one shard (rank, ranks) by Petastorm; row groups in random order when a seed is given."""
-    import pyarrow as pa
-
-    urls = [_petastorm_url(uri) for uri in dataset.files[split]]
-    rank, size = shard
-    with warnings.catch_warnings():
-        # Petastorm 0.12 stands on pyarrow's legacy dataset, deprecated there; the pin is deliberate.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="petastorm|pyarrow|couponflow")
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="petastorm")
-        # It notes that "target" no longer matches "target_id", which is what we want.
-        warnings.filterwarnings("ignore", message="schema_fields behavior has changed", module="petastorm")
-        from petastorm import make_batch_reader
-        from petastorm.errors import NoDataAvailableError
-
-        try:
-            with make_batch_reader(
-                urls if len(urls) > 1 else urls[0],
-                schema_fields=list(columns),
-                reader_pool_type="thread",
-                workers_count=_WORKERS,
-                shuffle_row_groups=seed is not None,
-                seed=seed,
-                num_epochs=1,
-                cur_shard=rank,
-                shard_count=size,
-                filesystem=_petastorm_filesystem(urls[0]),
-            ) as reader:
-                if missing := ", ".join(sorted(set(columns) - set(reader.schema.fields))):
-                    raise DataError(
-                        f"Petastorm drops columns {missing} of {urls[0]}; run build_examples again"
-                    )
-                for group in reader:
-                    yield from _rows_of(group, dataset, split, columns)
-        except NoDataAvailableError as error:
-            raise ConfigError(
-                f"split {split}: fewer row groups than {size} ranks; lower training.num_ranks"
-            ) from error
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"{_damaged(dataset.files[split])} cannot be read ({error}); restore it or rebuild it"
-            ) from error
-
-
-def _rows_of(group: Any, dataset: Dataset, split: str, columns: Sequence[str]) -> Iterator[Example]:
-    """The rows of one row group that belong to the split; ids of another vocabulary mean other things."""
-    values: dict[str, NDArray[Any]] = {name: getattr(group, name) for name in columns}
-    values["label"] = values["label"].astype(float)
+    """The rows of a shard that belong to the split; ids of another vocabulary mean other things."""
     names = [name for name in columns if name in Example._fields]
-    for place in np.flatnonzero(values["split"] == split):
-        if (found := values["vocabulary_version"][place]) != dataset.vocabulary_version:
-            raise DataError(
-                f"{TABLE} version {dataset.table_version} mixes vocabularies {found} and "
-                f"{dataset.vocabulary_version}; run build_examples for all its dates with one"
-            )
-        yield Example(**{name: values[name][place] for name in names})
+    for values in shard:
+        values["label"] = values["label"].astype(float)
+        for name in set(_TIMES) & set(columns):
+            values[name] = values[name].astype("datetime64[us]").astype(np.int64)
+        for place in _places(values["split"], split):
+            if (found := values["vocabulary_version"][place]) != dataset.vocabulary_version:
+                raise DataError(
+                    f"{TABLE} version {dataset.table_version} mixes vocabularies {found} and "
+                    f"{dataset.vocabulary_version}; run build_examples for all its dates with one"
+                )
+            yield Example(**{name: values[name][place] for name in names})
 
 
-def _damaged(files: Mapping[str, int]) -> str:
-    """The first file whose data cannot be decoded; Petastorm does not name it."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for uri in files:
-        try:
-            with _open(uri) as source:
-                pq.read_table(source, columns=list(COLUMNS), use_threads=False)
-        except (OSError, pa.ArrowException):
-            return uri
-    return "a file of " + next(iter(files))
-
-
-def _local_path(uri: str) -> Path:
-    return Path(unquote(urlparse(uri).path)) if uri.startswith("file:") else Path(uri)
-
-
-def _petastorm_url(uri: str) -> str:
-    return uri if storage.is_remote(uri) else "file://" + str(_local_path(uri).absolute())
-
-
-def _open(uri: str) -> Any:
-    return _gcs().open(uri, "rb") if storage.is_remote(uri) else _local_path(uri).open("rb")
-
-
-def _refuse_pickled_metadata(folder: str) -> None:
-    import pyarrow.parquet as pq
-
-    uri = f"{folder}/_common_metadata"
-    there = _gcs().exists(uri) if storage.is_remote(uri) else _local_path(uri).is_file()
-    if not there:
-        return
-    with _open(uri) as source:
-        metadata = pq.read_metadata(source).metadata or {}
-    if any(_UNISCHEMA in key for key in metadata):
-        raise DataError(f"{uri} carries pickled Petastorm metadata, which is never read; delete that file")
-
-
-def _gcs() -> Any:
-    import gcsfs
-
-    return gcsfs.GCSFileSystem()
-
-
-def _petastorm_filesystem(url: str) -> Any:
-    """None for local files; for ``gs://`` the legacy adapter that pyarrow's old dataset code accepts."""
-    if not storage.is_remote(url):
-        return None
-    from pyarrow.filesystem import DaskFileSystem
-
-    class LegacyGcs(DaskFileSystem):  # type: ignore[misc]  # pyarrow 14 has no types
-        def isdir(self, path: str) -> Any:
-            return self.fs.isdir(path)
-
-        def isfile(self, path: str) -> Any:
-            return self.fs.isfile(path)
-
-        def walk(self, path: str) -> Iterator[tuple[str, set[str], set[str]]]:
-            for root, folders, files in self.fs.walk(path):
-                yield root, set(folders), set(files)
-
-    return LegacyGcs(_gcs())
+def _places(splits: NDArray[Any], split: str | None) -> NDArray[np.intp]:
+    return np.arange(len(splits)) if split is None else np.flatnonzero(splits == split)

@@ -1,6 +1,7 @@
 """Each kind of model from a dataset to a registered bundle: what joins feed, trainer, baselines and registry.
 
 Protocol: fitted on split ``train``, chosen and calibrated on ``valid``; ``test`` is never opened here.
+Where training negatives were sampled, every calibrator undoes that exactly before its fitted map.
 A DIEN trains on ``training.num_ranks`` Horovod ranks. The process that asks for it starts them, each of them
 runs ``train_rank``, rank 0 leaves the bundle in the run's folder, and the asking process registers it.
 """
@@ -117,7 +118,7 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
     import torch
 
     from couponflow.models.bundle import Bundle
-    from couponflow.models.calibration import fit_platt
+    from couponflow.models.calibration import Calibrator, fit_platt
     from couponflow.models.dien import Dien
     from couponflow.training import trainer
 
@@ -130,6 +131,7 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
     torch.manual_seed(settings.seed)
     network = Dien(config.model, dataset.vocabulary_sizes, len(dataset.wide_features))
     prepare(network, wide_rows(train_feed, workers), config)
+    unsampled = Calibrator(sampling_rate=dataset.sampling_rate)
     fitted = trainer.fit(
         network,
         train_feed.epoch,
@@ -138,17 +140,18 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
         config.model.auxiliary_weight,
         workers,
         folder / _CHECKPOINT,
+        unsampled.correction,
     )
     if fitted.train_rows != dataset.rows(_TRAIN):
         raise DataError(
             f"trained on {fitted.train_rows} rows of {dataset.rows(_TRAIN)}; run build_examples again"
         )
-    calibrator = fit_platt(fitted.valid_logit, fitted.valid_label)
+    calibrator = fit_platt(fitted.valid_logit, fitted.valid_label, unsampled)
     curves = {
         "epochs": fitted.curves(),
         "best_epoch": fitted.best.epoch,
         "num_ranks": workers.size,
-        "valid": _valid_metrics(fitted.valid_logit, fitted.valid_label),
+        "valid": _valid_metrics(fitted.valid_logit + unsampled.correction, fitted.valid_label),
     }
     return Bundle(
         network,
@@ -219,9 +222,10 @@ def prepare(network: "Dien", rows: WideRows, config: Config) -> None:
 def fit_logistic(config: Config, dataset: feed.Dataset) -> "Bundle":
     """Logistic regression on the aggregates of ``train``, calibrated on ``valid``."""
     from couponflow.models.bundle import Bundle
-    from couponflow.models.calibration import fit_platt
+    from couponflow.models.calibration import Calibrator, fit_platt
     from couponflow.training import baselines
 
+    unsampled = Calibrator(sampling_rate=dataset.sampling_rate)
     rows = feed.read_all(dataset, _TRAIN, feed.WIDE_COLUMNS)
     wide = np.concatenate([batch.wide.numpy() for batch in feed.batches(rows)])
     label = np.array([row.label for row in rows])
@@ -229,8 +233,8 @@ def fit_logistic(config: Config, dataset: feed.Dataset) -> "Bundle":
     bundle = Bundle(model, dataset.vocabulary_version, dataset.vocabulary_sizes, dataset.wide_features)
     held = feed.read_all(dataset, _VALID, feed.WIDE_COLUMNS)
     logit, label = score_rows(bundle, held), np.array([row.label for row in held])
-    curves = {"epochs": [], "num_ranks": 1, "valid": _valid_metrics(logit, label)}
-    return replace(bundle, calibrator=fit_platt(logit, label), metrics=curves)
+    curves = {"epochs": [], "num_ranks": 1, "valid": _valid_metrics(logit + unsampled.correction, label)}
+    return replace(bundle, calibrator=fit_platt(logit, label, unsampled), metrics=curves)
 
 
 def fit_blend(config: Config, dataset: feed.Dataset, folder: Path) -> "Bundle":

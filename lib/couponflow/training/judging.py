@@ -11,7 +11,7 @@ import numpy as np
 from couponflow.config import Config
 from couponflow.errors import DataError
 from couponflow.lake import storage
-from couponflow.training import evaluation, feed, fitting, registry
+from couponflow.training import backtest, evaluation, feed, fitting, registry
 
 log = logging.getLogger("couponflow")
 
@@ -21,8 +21,8 @@ _TEST = "test"
 def evaluate_models(config: Config, run_id: str, dates: str) -> tuple[dict[str, int], dict[str, Any]]:
     """Judge the champion and the newest model of every kind on ``test``: ``evaluations/<run_id>.json``.
 
-    Models are named by kind; a champion that is not the newest of its kind is named ``champion``. Returns the
-    rows read and the main numbers.
+    Models are named by kind; a champion that is not the newest of its kind is named ``champion``. With
+    ``examples.cutoffs`` the record also holds the back-test. Returns the rows read and the main numbers.
 
     Raises:
         DataError: no champion, no test rows, or damaged files.
@@ -55,6 +55,7 @@ def evaluate_models(config: Config, run_id: str, dates: str) -> tuple[dict[str, 
         "training_examples_version": dataset.table_version,
         **judged,
         "training": training,
+        "backtest": backtest.run(config, dataset),
     }
     uri = storage.join(root_uri, "evaluations", f"{run_id}.json")
     storage.create(uri, json.dumps(record, indent=1, sort_keys=True, allow_nan=False).encode(), run_id)
@@ -72,7 +73,7 @@ def evaluate_models(config: Config, run_id: str, dates: str) -> tuple[dict[str, 
             numbers["ece"],
         )
     log.info("gate: %s", judged["gate"]["decision"])
-    facts = {"evaluation": uri, "models": main, "gate": judged["gate"]}
+    facts = {"evaluation": uri, "models": main, "gate": judged["gate"], "backtest": record["backtest"]}
     return {f"{feed.TABLE}.{_TEST}": len(rows)}, facts
 
 

@@ -85,11 +85,13 @@ def fit(
     auxiliary_weight: float,
     workers: Workers,
     checkpoint: Path | None = None,
+    valid_shift: float = 0.0,
 ) -> Fitted:
     """Train until the validation log loss stops falling and leave the best weights in ``network``.
 
     ``train(epoch)`` and ``valid()`` give this rank's batches, equally many on every rank. Ties keep the
-    earlier epoch. ``checkpoint`` receives the best state (rank 0), replaced whole.
+    earlier epoch. ``checkpoint`` receives the best state (rank 0), replaced whole. ``valid_shift`` is added
+    to validation logits before their log loss: what undoes sampled training rows, which validation has not.
     Collective: all ranks call it with the same arguments but for their batches. Without dropout a run
     repeats bit for bit for one rank and one thread; with it too, given the seed.
 
@@ -114,7 +116,11 @@ def fit(
                 "finite score; check the valid split or lower training.learning_rate"
             )
         epoch = Epoch(
-            number, train_loss, auxiliary_loss, metrics.log_loss(logit, label), metrics.auc(logit, label)
+            number,
+            train_loss,
+            auxiliary_loss,
+            metrics.log_loss(logit + valid_shift, label),
+            metrics.auc(logit, label),
         )
         epochs.append(epoch)
         if fitted is None or epoch.valid_log_loss < fitted.best.valid_log_loss:
