@@ -331,6 +331,7 @@ def test_a_version_may_be_named_and_must_fit_the_events(spark: SparkSession, con
         examples.read_inputs(spark, adjusted(config, vocabulary_version="v0"), days(1))
     job = run_job(spark, build_examples, config, dates)
     assert job.facts["vocabulary_version"] == name
+    assert set(job.facts["oov_share"]) == set(vocabulary.COLUMNS)
     rows = tables.read(spark, root_uri, "training_examples").collect()
     kept = [row for row in rows if row["split"] == "train"]
     sampled_out = job.facts["left_out"]["sampled_out"]

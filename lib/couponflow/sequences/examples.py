@@ -107,7 +107,7 @@ def prepare_events(raw: DataFrame, terms: DataFrame, time_zone: str) -> DataFram
     encoded = vocabulary.encode(raw.withColumn("ingest_time", delivered), terms)
     encoded = encoded.withColumn("known_date", aggregates.known_date(time_zone))
     kept = ["user_id", "event_id", "event_time", "ingest_time", "event_date", "known_date", "event_type"]
-    kept += ["order_id", "item_id", "category_id", "price"]
+    kept += ["order_id", "item_id", "category_id", "shop_id", "price", "is_automated"]
     kept += ["discount_amount", "coupon_amount", "coupon_match_amount"]
     return encoded.select(*kept, *[f"{name}_index" for name in vocabulary.COLUMNS]).repartition("user_id")
 

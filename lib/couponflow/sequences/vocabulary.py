@@ -195,7 +195,6 @@ def encoded_oov_shares(encoded: DataFrame) -> dict[str, float]:
             F.when(F.col(column).isNotNull(), (F.col(f"{field}_index") == layouts.OOV).cast("double"))
         ).alias(field)
         for field, column in COLUMNS.items()
-        if column in encoded.columns
     ]
     row = encoded.agg(*is_oov).collect()[0].asDict()
     return {field: float(share or 0.0) for field, share in row.items()}
