@@ -17,7 +17,7 @@ app = job_app(__doc__)
 @tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Build training rows of a range or, with campaigns, scoring rows of one day."""
-    with examples.cached_inputs(spark, job.config, job.dates.last) as inputs:
+    with examples.cached_inputs(spark, job.config, job.dates, job.run_id) as inputs:
         job.facts.update(examples.check_vocabulary(inputs, job.config))
         build = _build_scoring if job.campaign else _build_training
         build(spark, inputs, job)

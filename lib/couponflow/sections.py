@@ -205,6 +205,12 @@ class ExamplesConfig(Section):
     history_length: int = Field(
         default=100, ge=1, le=2000, description="Events kept per user, the most recent ones."
     )
+    history_method: Literal["window", "numpy", "merge"] = Field(
+        default="window",
+        description="How histories are built; the bytes are the same. window: one sort that spills. "
+        "numpy: faster, a partition has to fit the Python worker. merge: a daily state plus the new events, "
+        "for daily runs over a long past.",
+    )
     negative_power: float = Field(
         default=0.75,
         ge=0.0,

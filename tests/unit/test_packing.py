@@ -4,7 +4,6 @@ import random
 from datetime import date
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from couponflow.sequences import packing
@@ -32,18 +31,6 @@ def test_unpack_of_a_sliced_column_reads_the_slice() -> None:
     found, sizes = packing.unpack(packed.slice(1), 2)
     assert found.tolist() == [[2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
     assert sizes.tolist() == [2, 3]
-
-
-def test_whole_users_never_cuts_a_user_whatever_the_batches() -> None:
-    users = ["a"] * 5 + ["b"] + ["c"] * 4 + ["d"] * 3
-    rng = random.Random(3)
-    for _ in range(200):
-        cuts = sorted(rng.choices(range(len(users) + 1), k=rng.randint(0, 6)))
-        parts = [users[a:b] for a, b in zip([0, *cuts], [*cuts, len(users)], strict=True)]
-        batches = [pa.RecordBatch.from_arrays([pa.array(p, pa.string())], names=["user_id"]) for p in parts]
-        groups = [t.column("user_id").to_pylist() for t in packing.whole_users(batches)]
-        assert [user for group in groups for user in group] == users
-        assert sum(len(set(group)) for group in groups) == 4, f"a user was cut: {groups} from {parts}"
 
 
 def test_splitmix64_gives_the_published_numbers() -> None:

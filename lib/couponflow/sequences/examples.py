@@ -7,7 +7,7 @@ was known before its ``as_of``, so any set of days may be built in any order.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from couponflow.sequences import (
     histories,
     identity,
     labels,
+    merging,
     packing,
     vocabulary,
 )
@@ -54,6 +55,8 @@ class Inputs:
     users: DataFrame
     vocabulary: DataFrame
     vocabulary_version: str
+    history_method: str = "window"
+    history_state: merging.State | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ def read_inputs(spark: SparkSession, config: Config, last: date) -> Inputs:
         users=tables.read(spark, root_uri, "users"),
         vocabulary=terms,
         vocabulary_version=version,
+        history_method=config.examples.history_method,
     )
 
 
@@ -187,7 +191,9 @@ def build_features(inputs: Inputs, population: DataFrame, length: int, time_zone
 
 def build_parts(inputs: Inputs, rows: DataFrame, length: int, time_zone: str) -> tuple[DataFrame, DataFrame]:
     """The two sides of ``build_features``: histories by (user, as_of); wide and target by row."""
-    history = histories.build(inputs.events, rows, length)
+    history = histories.build(
+        inputs.events, rows, length, inputs.history_method, inputs.history_state
+    )
     wide = aggregates.build(
         inputs.events, rows, inputs.campaigns, inputs.sends, inputs.redemptions, inputs.users, time_zone
     )
@@ -292,11 +298,16 @@ def cached(frame: DataFrame) -> Iterator[DataFrame]:
 
 
 @contextmanager
-def cached_inputs(spark: SparkSession, config: Config, last: date) -> Iterator[Inputs]:
-    """Lend the inputs of ``read_inputs`` with their events cached."""
-    inputs = read_inputs(spark, config, last)
+def cached_inputs(
+    spark: SparkSession, config: Config, dates: DateRange, run_id: str = ""
+) -> Iterator[Inputs]:
+    """Lend the inputs of ``read_inputs`` with their events cached; keep the state of histories by merge."""
+    past = merging.Past.of(spark, config, dates)
+    inputs = read_inputs(spark, config, dates.last)
     with cached(inputs.events):
-        yield inputs
+        state = past.load(inputs.vocabulary_version)
+        yield replace(inputs, history_state=state)
+        past.publish(inputs.events, state, inputs.vocabulary_version, run_id)
 
 
 def parse_campaigns(text: str) -> tuple[str, ...]:
