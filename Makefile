@@ -64,7 +64,7 @@ golden: install ## rewrite the expected files in tests/golden; review them as a 
 	COUPONFLOW_GOLDEN=1 $(PYTHON) -m pytest -q tests/unit -k golden
 
 .PHONY: bench
-bench: install ## measure every speed claim (ONLY=name for one), write bench/results.json
+bench: install ## measure every speed claim (ONLY=file or claim), write bench/results.json
 	$(PYTHON) -m bench.run $(ONLY)
 
 .PHONY: wheel
@@ -77,7 +77,7 @@ lock: .stamps/uv ## refresh uv.lock
 
 .PHONY: clean
 clean: ## remove results and caches; the environment stays
-	rm -rf var dist bench/results.json .pytest_cache .ruff_cache .mypy_cache .hypothesis spark-warehouse
+	rm -rf var dist .pytest_cache .ruff_cache .mypy_cache .hypothesis spark-warehouse
 	find lib jobs tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: install

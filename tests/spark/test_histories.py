@@ -11,6 +11,8 @@ from builders import D0, T0, make_event, make_frame, minutes
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from couponflow.errors import ConfigError
+from couponflow.lake import tables
 from couponflow.lake.layouts import HISTORY_FIELDS
 from couponflow.sequences import histories
 
@@ -73,16 +75,18 @@ def random_case(rng: random.Random, user: str) -> tuple[list[dict[str, Any]], li
     return events, [minutes(cutoff) for cutoff in cutoffs]
 
 
-def test_histories_equal_the_oracle(spark: SparkSession) -> None:
+@pytest.mark.parametrize("method", histories.METHODS)
+def test_histories_equal_the_oracle(spark: SparkSession, method: str) -> None:
     cases = {f"{n}/u": random_case(random.Random(n), f"{n}/u") for n in range(200)}
     rows = [e for events, _ in cases.values() for e in events]
+    copies = rows[::9]
     random.Random(0).shuffle(rows)
     strangers = [event("not in the population", 1)]
     keys = [(user, as_of) for user, (_, cutoffs) in cases.items() for as_of in cutoffs]
-    frame = encoded(make_frame(spark, "events", rows + strangers)).repartition(3)
+    frame = encoded(make_frame(spark, "events", rows + copies + strangers)).repartition(3)
     spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", "7")  # cuts users across batches
     try:
-        found = unpacked(histories.build(frame, population(spark, keys + keys[:5]), 3))
+        found = unpacked(histories.build(frame, population(spark, keys + keys[:5]), 3, method))
     finally:
         spark.conf.unset("spark.sql.execution.arrow.maxRecordsPerBatch")
     expected = {
@@ -112,6 +116,9 @@ def test_golden_histories_and_a_user_with_50_000_events(spark: SparkSession) -> 
     keys += [("whale", T0 + timedelta(seconds=2_500 * n)) for n in range(1, 21)]
     frame = encoded(make_frame(spark, "events", g11 + g12).unionByName(whale))
     built = histories.build(frame, population(spark, keys), 100)
+    assert tables.content_hash(built) == tables.content_hash(
+        histories.build(frame, population(spark, keys), 100, "numpy")
+    )
     found = unpacked(built)
     items = {(user, as_of.timestamp()): [step[0] for step in steps] for (user, as_of), steps in found.items()}
     by_key = {(user, as_of.timestamp()): (user, as_of) for user, as_of in keys}
@@ -129,6 +136,23 @@ def test_golden_histories_and_a_user_with_50_000_events(spark: SparkSession) -> 
         assert items["whale", (T0 + timedelta(seconds=last)).timestamp()] == list(range(last - 100, last))
     plan = built._jdf.queryExecution().optimizedPlan().toString()
     assert not {"collect_list", "lambda"} & set(re.findall(r"\w+", plan)), "a list per user is quadratic"
+
+
+def test_an_unknown_method_is_refused(spark: SparkSession) -> None:
+    frame = encoded(make_frame(spark, "events", []))
+    with pytest.raises(ConfigError, match=r"history_method 'fast': expected one of window, numpy, merge"):
+        histories.build(frame, population(spark, []), 3, "fast")
+
+
+def test_no_events_and_no_population(spark: SparkSession) -> None:
+    nothing = encoded(make_frame(spark, "events", []))
+    some = encoded(make_frame(spark, "events", [event("u", 1)]))
+    for method in histories.METHODS:
+        assert unpacked(histories.build(nothing, population(spark, []), 3, method)) == {}
+        assert unpacked(histories.build(some, population(spark, []), 3, method)) == {}
+        assert list(
+            unpacked(histories.build(nothing, population(spark, [("u", T0)]), 3, method)).values()
+        ) == [[]]
 
 
 @pytest.mark.parametrize("longer", [2, 5])
