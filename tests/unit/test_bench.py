@@ -1,0 +1,60 @@
+"""What the benchmarks store: bounds have a direction, claims are found by file and by name. No JVM."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import run
+from bench.run import Claim
+
+NAMES = {
+    "history_vs_naive_spark",
+    "history_fast_vs_naive_spark",
+    "history_vs_spark_floor",
+    "history_fast_vs_spark_floor",
+    "history_scaling",
+    "history_1g",
+    "skew_50k_user",
+    "skew_1m_user",
+    "one_day_vs_full",
+    "feed_vs_pyarrow",
+    "raw_to_examples",
+}
+
+
+def test_a_bound_is_reached_or_stayed_within() -> None:
+    at_least = [Claim("a", value, "x", 2.0, 3, "r").holds for value in (1.9, 2.0, 2.1)]
+    at_most = [Claim("a", value, "x", 2.0, 3, "r", "at_most").holds for value in (1.9, 2.0, 2.1)]
+    assert (at_least, at_most) == ([False, True, True], [True, True, False])
+    assert Claim("a", 0.0, "s", None, 1, "r").holds
+
+
+def test_claims_are_chosen_by_file_or_by_name() -> None:
+    assert set().union(*run.chosen([]).values()) >= NAMES
+    assert run.chosen(["history_scaling", "feed"]) == {
+        "feed": ("feed_vs_pyarrow",),
+        "histories": ("history_scaling",),
+    }
+    with pytest.raises(SystemExit, match="'histery' is neither a benchmark nor a claim"):
+        run.chosen(["histery"])
+
+
+def test_measured_claims_replace_their_lines_and_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results.json")
+    run.store(
+        [Claim("history_1g", 0.0, "passes", 1.0, 1, "r"), Claim("skew_50k_user", 3.0, "s", 10.0, 3, "r")]
+    )
+    run.store([Claim("history_1g", 1.0, "passes", 1.0, 1, "r"), Claim("of old code", 1.0, "x", None, 1, "r")])
+    run.store([])
+    lines = json.loads((tmp_path / "results.json").read_text())
+    assert [(line["name"], line["value"]) for line in lines] == [("history_1g", 1.0), ("skew_50k_user", 3.0)]
+    fields = "name value unit bound holds runs rival machine commit"
+    assert set(lines[0]) == set(fields.split())
+
+
+def test_ratios_are_medians_over_rounds() -> None:
+    rounds = [{"a": 4.0, "b": 2.0}, {"a": 9.0, "b": 3.0}, {"a": 1.0, "b": 1.0}]
+    assert run.median_ratio(rounds, "a", "b") == 2.0
