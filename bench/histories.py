@@ -20,7 +20,7 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from bench import cpu, data
-from bench.run import Action, Claim, in_turns, median_ratio
+from bench.run import Action, Claim, Direction, in_turns, median_ratio
 from couponflow.lake import layouts, tables
 from couponflow.sections import SparkConfig
 from couponflow.sequences import events as event_stage
@@ -132,7 +132,7 @@ def against_rivals(spark: SparkSession, names: tuple[str, ...], num_events: int)
     """The four ratios out of the same rounds; only the sides that are asked for run."""
     events, population = read(spark, data.Size(num_events))
     check_equal(events, population)
-    plan = {
+    plan: dict[str, tuple[str, str, float, Direction, str]] = {
         "history_vs_naive_spark": ("naive", "window", 2.0, "at_least", _NAIVE),
         "history_fast_vs_naive_spark": ("naive", "numpy", 2.5, "at_least", _NAIVE),
         "history_vs_spark_floor": ("window", "floor", 2.5, "at_most", _FLOOR),
@@ -151,7 +151,7 @@ def against_rivals(spark: SparkSession, names: tuple[str, ...], num_events: int)
         above, below, bound, direction, rival = plan[name]
         unit = "x faster" if direction == "at_least" else "x its time"
         value = median_ratio(rounds, above, below)
-        claims.append(Claim(name, value, unit, bound, RUNS, rival, direction))  # type: ignore[arg-type]
+        claims.append(Claim(name, value, unit, bound, RUNS, rival, direction))
     return claims
 
 

@@ -26,6 +26,7 @@ from rich.table import Table
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
 Action = Callable[[], object]
+Direction = Literal["at_least", "at_most"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Claim:
     bound: float | None
     runs: int
     rival: str
-    direction: Literal["at_least", "at_most"] = "at_least"
+    direction: Direction = "at_least"
 
     @property
     def holds(self) -> bool:

@@ -89,7 +89,8 @@ def world(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Worl
 
 def test_every_stage_ran_and_every_table_has_rows(world: World) -> None:
     assert set(world.records()) == {stage.name for stage in pipeline.plan(world.config)} - {"land"}
-    assert set(world.hashes()) == set(schemas.TABLES)
+    only_by_merge = {"history_states"}  # examples.history_method = "merge"
+    assert set(world.hashes()) == set(schemas.TABLES) - only_by_merge
 
 
 def test_the_dien_was_trained_on_two_ranks(world: World) -> None:
