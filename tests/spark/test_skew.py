@@ -31,8 +31,9 @@ def indexed_fields(plan: str) -> list[str]:
 
 def whale(spark: SparkSession) -> DataFrame:
     """200 users with one event, and one with 50,000 over a day."""
-    few = [make_event(f"u{n}", n) for n in range(200)]
-    one = make_frame(spark, "events", [make_event("whale", 0, event_type="view", item_id="7")])
+    ids = {"item_id": "7", "category_id": "8", "shop_id": "9"}  # numbers stand for themselves when encoded
+    few = [make_event(f"u{n}", n, **ids) for n in range(200)]
+    one = make_frame(spark, "events", [make_event("whale", 0, **ids)])
     many = (
         one.crossJoin(spark.range(NUM_EVENTS))
         .withColumn("event_time", F.timestamp_micros(F.unix_micros("event_time") + F.col("id") * 1_700_000))
@@ -47,7 +48,7 @@ def whale(spark: SparkSession) -> DataFrame:
 
 def wide(spark: SparkSession, frame: DataFrame, asked: DataFrame) -> DataFrame:
     """The aggregates of every user, for one campaign."""
-    coupons = [{"coupon_id": "k", "category_id": "c1", "item_ids": ["i1", "7"]}]
+    coupons = [{"coupon_id": "k", "category_id": "8", "item_ids": ["7"]}]
     dates = {"start_date": D0, "end_date": D0 + timedelta(days=9)}
     campaign = make_row("campaigns", campaign_id="c", coupons=coupons, ingest_date=D0, **dates)
     nothing = {name: make_frame(spark, name, []) for name in ("sends", "redemptions", "users")}
