@@ -22,9 +22,8 @@ from pyspark.sql import functions as F
 from bench import cpu, data
 from bench.run import Action, Claim, Direction, in_turns, median_ratio
 from couponflow.lake import layouts, tables
-from couponflow.sections import SparkConfig
-from couponflow.sequences import events as event_stage
-from couponflow.sequences import histories, sessions
+from couponflow.sections import EventsConfig, SparkConfig
+from couponflow.sequences import histories, robots, sessions
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -197,7 +196,7 @@ def skew_50k(spark: SparkSession) -> Claim:
     )
 
     def run() -> None:
-        _discard(event_stage.build_user_days(full, "UTC"))
+        _discard(robots.build_user_days(full, "UTC", EventsConfig()))
         _discard(sessions.build_segments(full, 30))
         _discard(histories.build(events, population, LENGTH))
 

@@ -16,7 +16,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from test_histories import encoded
 
-from couponflow.sequences import aggregates, events, histories, sessions
+from couponflow.sections import EventsConfig
+from couponflow.sequences import aggregates, histories, robots, sessions
 
 NUM_EVENTS, SECONDS = 50_000, 120.0
 #: A user's event times of one day, 8 bytes each, are all that may be collected per user.
@@ -63,7 +64,7 @@ def wide(spark: SparkSession, frame: DataFrame, asked: DataFrame) -> DataFrame:
 Stage = Callable[[SparkSession, DataFrame, DataFrame], DataFrame]
 STAGES: dict[str, Stage] = {
     "segments": lambda spark, frame, asked: sessions.build_segments(frame, 30),
-    "user_days": lambda spark, frame, asked: events.build_user_days(frame, "UTC"),
+    "user_days": lambda spark, frame, asked: robots.build_user_days(frame, "UTC", EventsConfig()),
     "aggregates": wide,
     **{
         f"histories {method}": lambda spark, frame, asked, method=method: histories.build(

@@ -191,9 +191,7 @@ def build_features(inputs: Inputs, population: DataFrame, length: int, time_zone
 
 def build_parts(inputs: Inputs, rows: DataFrame, length: int, time_zone: str) -> tuple[DataFrame, DataFrame]:
     """The two sides of ``build_features``: histories by (user, as_of); wide and target by row."""
-    history = histories.build(
-        inputs.events, rows, length, inputs.history_method, inputs.history_state
-    )
+    history = histories.build(inputs.events, rows, length, inputs.history_method, inputs.history_state)
     wide = aggregates.build(
         inputs.events, rows, inputs.campaigns, inputs.sends, inputs.redemptions, inputs.users, time_zone
     )
