@@ -72,6 +72,8 @@ def make_world(events: list[Row], send_days: tuple[int, ...] = (0,), users: int 
         "sends": [],
         "redemptions": [],
         "users": [],
+        "orders": [],
+        "catalogue": [],
     }
     coupons = {
         "a": [("k1", "c1", ["i1", "i5"]), ("k2", "c1", ["i1"]), ("k3", "never sold", []), ("k4", None, [])]
@@ -100,9 +102,8 @@ def make_world(events: list[Row], send_days: tuple[int, ...] = (0,), users: int 
 
 def make_inputs(spark: SparkSession, world: dict[str, list[Row]], before: date = D) -> examples.Inputs:
     """Inputs of a world; the vocabulary is built from its events known before ``before``."""
-    frames = {
-        name: make_frame(spark, name, world[name]) for name in ("campaigns", "sends", "redemptions", "users")
-    }
+    names = ("campaigns", "sends", "redemptions", "users", "orders", "catalogue")
+    frames = {name: make_frame(spark, name, world[name]) for name in names}
     raw = make_frame(spark, "events", world["events"])
     visible = raw.where((F.col("event_date") < F.lit(before)) & (F.to_date("ingest_time") < F.lit(before)))
     terms = vocabulary.build(vocabulary.count_values(visible), 1, ALL_DATES).cache()
@@ -367,9 +368,8 @@ def examples_of(config: Config, **over: Any) -> Config:
 
 
 def write(frame: DataFrame, root_uri: str, table: str) -> None:
-    column = {"conversions": "send_date", "users": "snapshot_date", "user_days": "event_date"}.get(
-        table, "ingest_date"
-    )
+    days = {"conversions": "send_date", "user_days": "event_date"}
+    column = (days | dict.fromkeys(("users", "catalogue"), "snapshot_date")).get(table, "ingest_date")
     assert column in frame.columns
     tables.overwrite(frame, root_uri, table, DateRange(date(2023, 1, 1), date(2025, 1, 1)))
 

@@ -44,6 +44,24 @@ def test_logistic_repeats_bit_for_bit_and_ignores_constants() -> None:
     assert (one.coef[3], one.sd[3]) == (0.0, 0.0)
 
 
+def test_features_that_a_source_does_not_have_change_nothing() -> None:
+    """A retailer without browsing or mail events: those columns are constant, at zero or at log1p(365)."""
+    wide, label = planted(500)
+    absent = np.tile(np.log1p([0.0] * 40 + [365.0] * 3), (len(wide), 1)).astype(np.float32)
+    alone = baselines.fit_logistic(wide.astype(np.float32), label, 0.1)
+    model = baselines.fit_logistic(np.column_stack([wide.astype(np.float32), absent]), label, 0.1)
+    assert model.coef[:5].tolist() == pytest.approx(alone.coef.tolist(), abs=1e-6)
+    assert not model.coef[5:].any()
+    both = np.column_stack([wide, absent])
+    rows = fitting.WideRows(both.mean(0), both.std(0), float(label.mean()), both, label)
+    config = load_config(None)
+    network = Dien(config.model, SIZES, both.shape[1])
+    fitting.prepare(network, rows, config)
+    batch = random_batch(torch.Generator().manual_seed(0), 4, num_wide=both.shape[1])
+    batch.wide[:] = torch.from_numpy(both[:4]).float()
+    assert torch.isfinite(network(batch).logit).all()
+
+
 def test_one_class_and_non_finite_features_are_refused() -> None:
     wide, label = planted(50)
     with pytest.raises(DataError, match="0 positives in 50 rows"):

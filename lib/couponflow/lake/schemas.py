@@ -53,6 +53,22 @@ _LENGTH = _required("length", "int", "events in history")
 
 COUPON_TYPE = "array<struct<coupon_id:string,category_id:string,item_ids:array<string>>>"
 
+#: What a session and each of its day segments say alike; all of it adds up over segments.
+_SESSION_COLUMNS = (
+    _required("num_events", "bigint", "events"),
+    _required("num_views", "bigint", "view events"),
+    _required("num_searches", "bigint", "search events"),
+    _required("num_favourites", "bigint", "favourite events"),
+    _required("num_carts", "bigint", "cart events"),
+    _required("num_purchases", "bigint", "purchase events: lines"),
+    _required("num_mail_events", "bigint", "mail_open and mail_click events"),
+    _required("spend_amount", "double", "money of its purchases, configured currency"),
+    Column("device", "string", "device of the first event"),
+    Column("channel", "string", "channel of the first event"),
+    _required("first_event_type", "string", "type of the first event"),
+    _required("last_event_type", "string", "type of the last event"),
+)
+
 EVENT_COLUMNS = (
     _required("event_id", "string", "id from content; its order carries no meaning"),
     _required("user_id", "string", "pseudonymous user id; visitor:<visitor_id> while nobody is logged in"),
@@ -127,11 +143,7 @@ TABLES: dict[str, Table] = {
                 _required("event_date", "date", "business day"),
                 _required("segment_start", "timestamp", "first event, UTC"),
                 _required("segment_end", "timestamp", "last event, UTC"),
-                _required("num_events", "bigint", "events"),
-                _required("num_views", "bigint", "view events"),
-                _required("num_carts", "bigint", "cart events"),
-                _required("num_purchases", "bigint", "purchase events"),
-                Column("device", "string", "device of the first event"),
+                *_SESSION_COLUMNS,
             ),
         ),
         Table(
@@ -148,11 +160,8 @@ TABLES: dict[str, Table] = {
                 _required("session_end", "timestamp", "last event, UTC"),
                 _required("duration_seconds", "bigint", "seconds from first to last event"),
                 _required("num_segments", "bigint", "day segments joined"),
-                _required("num_events", "bigint", "events"),
-                _required("num_views", "bigint", "view events"),
-                _required("num_carts", "bigint", "cart events"),
-                _required("num_purchases", "bigint", "purchase events"),
-                Column("device", "string", "device of the first event"),
+                *_SESSION_COLUMNS,
+                _required("is_converted", "boolean", "whether it holds a purchase"),
             ),
         ),
         Table(

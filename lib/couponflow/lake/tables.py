@@ -11,9 +11,12 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import date
 from functools import wraps
+from types import MappingProxyType
 from typing import Any
 
 from delta.tables import DeltaTable
@@ -34,6 +37,7 @@ _JobBody = Callable[[SparkSession, Any], None]
 _MAX_RUNS, _PAUSE_SECONDS = 3, 1.0
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.:-]{1,128}", re.ASCII)
 _PROPERTY = "couponflow.schema_version"
+_STAND_INS: ContextVar[Mapping[str, DataFrame]] = ContextVar("stand_ins", default=MappingProxyType({}))
 
 
 def spark_session(config: SparkConfig, app_name: str) -> SparkSession:
@@ -98,6 +102,9 @@ def read(
         DataError: the table does not exist, has another schema version, or the version is gone.
     """
     declared = _declared(table)
+    if table in _STAND_INS.get():
+        frame = _STAND_INS.get()[table].select(*declared.column_names)
+        return frame if dates is None else frame.where(in_range(_date_column(declared), dates))
     uri = table_uri(root_uri, table)
     reader = spark.read.format("delta")
     if version is not None:
@@ -120,9 +127,22 @@ def read(
     return frame if dates is None else frame.where(in_range(_date_column(declared), dates))
 
 
+@contextmanager
+def stand_ins(frames: Mapping[str, DataFrame]) -> Iterator[None]:
+    """Let ``read`` answer with these frames instead of the tables of their names, in this thread only.
+
+    For what-if runs such as the leak audit: nothing is written, and the readers are those of every job.
+    """
+    token = _STAND_INS.set(frames)
+    try:
+        yield
+    finally:
+        _STAND_INS.reset(token)
+
+
 def read_or_empty(spark: SparkSession, root_uri: str, table: str) -> DataFrame:
     """Read all rows of a table that may not exist yet, such as the ledger before the first campaign."""
-    if not exists(spark, root_uri, table):
+    if table not in _STAND_INS.get() and not exists(spark, root_uri, table):
         return spark.createDataFrame([], struct_type(_declared(table).columns))
     return read(spark, root_uri, table)
 

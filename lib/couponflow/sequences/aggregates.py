@@ -12,12 +12,17 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from couponflow.lake import layouts
-from couponflow.sequences import packing
+from couponflow.sequences import affinity, contacts, measures, packing
 
 #: Days written where an event never happened.
 MISSING_DAYS = 365
-_PAIR = ["user_id", "as_of_date"]
-_ROW = ["user_id", "campaign_id", "as_of_date"]
+#: Measure of activity -> the feature that says how many days ago it last happened.
+_AGES = {
+    "lines": "recency_days",
+    "coupon_lines": "coupon_recency_days",
+    "views": "view_recency_days",
+    "carts": "cart_recency_days",
+}
 
 
 def known_date(time_zone: str) -> Column:
@@ -32,6 +37,8 @@ def build(
     sends: DataFrame,
     redemptions: DataFrame,
     users: DataFrame,
+    orders: DataFrame,
+    catalogue: DataFrame,
     time_zone: str,
 ) -> DataFrame:
     """Build the packed aggregates of each (user, campaign, as_of).
@@ -39,40 +46,41 @@ def build(
     Grain: one row per row of ``population`` (user_id, campaign_id, as_of, as_of_date), its key; users
         without events stay. Adds ``wide``, float32 LE in the order of ``layouts.WIDE_FEATURES``.
     Input: ``events`` with ``known_date``; the other frames as their tables, each campaign, send and
-        redemption once.
-    Units: counts, money (configured currency, floored at 0) and days go through log1p; flags are 0 or 1.
-    Nulls: a user without events has zeros, recencies of 365 days and a tenure of 0.
-    Cost: events are aggregated per order before the cut-offs are joined; promoted lines meet only the
-        cut-offs of users who were sent that campaign.
+        redemption once; an order once per delivery, as a later one tells that it was returned.
+    Units: counts, money (configured currency, floored at 0) and days go through log1p; flags, shares and
+        rates lie in 0..1 as they are.
+    Nulls: a user without events has zeros, recencies of 365 days and a tenure of 0. A share of nothing is 0.
+    Cost: events are aggregated per order and day before the cut-offs are joined; for the target they meet
+        the cut-offs of users who were sent that campaign. No feature has a join of its own.
     """
-    pairs = population.select(*_PAIR).distinct()
+    pairs = population.select(*measures.PAIR).distinct()
+    cutoffs = population.select("user_id", "as_of", "as_of_date").distinct()
+    rows = population.select(*measures.ROW)
     frames = (
-        (_order_features(events, pairs), _PAIR),
-        (_category_features(events, pairs), _PAIR),
-        (_promoted_features(events, population.select(*_ROW), campaigns), _ROW),
-        (
-            _redemption_features(
-                redemptions, population.select("user_id", "as_of", "as_of_date").distinct(), time_zone
-            ),
-            _PAIR,
-        ),
-        (
-            _mail_features(sends, campaigns, population.select("user_id", "as_of", "as_of_date").distinct()),
-            _PAIR,
-        ),
-        (_attribute_features(users, pairs), _PAIR),
+        (_activity_features(events, pairs), measures.PAIR),
+        (_category_features(events, pairs), measures.PAIR),
+        (affinity.target_features(events, rows, campaigns, catalogue), measures.ROW),
+        (contacts.redemption_features(redemptions, cutoffs, time_zone), measures.PAIR),
+        (contacts.mail_features(events, sends, campaigns, cutoffs), measures.PAIR),
+        (_return_features(orders, pairs, time_zone), measures.PAIR),
+        (_attribute_features(users, pairs), measures.PAIR),
         (F.broadcast(_campaign_features(campaigns)), ["campaign_id"]),
     )
     joined = reduce(lambda left, right: left.join(right[0], right[1], "left"), frames, population)
-    return joined.select(
-        "user_id",
-        "campaign_id",
-        "as_of",
-        "as_of_date",
-        F.array(*[_finished(n) for n in layouts.WIDE_FEATURES]).alias("wide"),
-    ).mapInArrow(
-        packing.with_packed_wide,
-        "user_id string, campaign_id string, as_of timestamp, as_of_date date, wide binary",
+    rate = measures.ratio(F.col("num_redeemed_campaigns"), F.col("num_campaigns_received"))
+    return (
+        joined.withColumn("redemption_rate", rate)
+        .select(
+            "user_id",
+            "campaign_id",
+            "as_of",
+            "as_of_date",
+            F.array(*[_finished(n) for n in layouts.WIDE_FEATURES]).alias("wide"),
+        )
+        .mapInArrow(
+            packing.with_packed_wide,
+            "user_id string, campaign_id string, as_of timestamp, as_of_date date, wide binary",
+        )
     )
 
 
@@ -81,87 +89,91 @@ def _finished(name: str) -> Column:
     value = F.coalesce(F.col(name).cast("double"), F.lit(float(missing)))
     if "_amount_" in name:
         value = value / 1e6
-    if not name.startswith(("is_", "has_")):
+    if not name.startswith(("is_", "has_")) and "_share_" not in name and "_rate" not in name:
         value = F.log1p(F.greatest(value, F.lit(0.0)))
     return value.cast("float")
 
 
-def _micros(column: str) -> Column:
-    return F.round(F.coalesce(F.col(column), F.lit(0.0)) * 1e6).cast("bigint")
+def _activity_features(events: DataFrame, pairs: DataFrame) -> DataFrame:
+    """Orders, money and browsing per cut-off, by way of one row per (user, order, event_date, known_date).
 
-
-def _is_purchase() -> Column:
-    return F.col("event_type") == "purchase"
-
-
-def _total(condition: Column, value: Column | int = 1) -> Column:
-    return F.sum(F.when(condition, value).otherwise(0))
-
-
-def _order_features(events: DataFrame, pairs: DataFrame) -> DataFrame:
-    """Sums per cut-off, by way of one row per (user, order, event_date, known_date)."""
-    buys = _is_purchase()
+    Browsing carries no order, so that it is one row per day.
+    """
+    buys, kind = measures.is_purchase(), F.col("event_type")
     per_order = events.groupBy("user_id", "order_id", "event_date", "known_date").agg(
-        _total(buys).alias("lines"),
-        _total(buys, _micros("price")).alias("spend"),
-        _total(buys & (F.col("coupon_amount") > 0)).alias("coupon_lines"),
-        _total(buys, _micros("coupon_amount")).alias("coupon"),
-        _total(buys & (F.col("coupon_match_amount") > 0)).alias("match_lines"),
-        _total(buys, _micros("discount_amount")).alias("discount"),
-        _total(buys & (F.col("discount_amount") > 0)).alias("discount_lines"),
+        measures.total(buys).alias("lines"),
+        measures.total(buys, measures.micros("price")).alias("spend"),
+        measures.total(buys & (F.col("coupon_amount") > 0)).alias("coupon_lines"),
+        measures.total(buys, measures.micros("coupon_amount")).alias("coupon"),
+        measures.total(buys & (F.col("coupon_match_amount") > 0)).alias("match_lines"),
+        measures.total(buys, measures.micros("discount_amount")).alias("discount"),
+        measures.total(buys & (F.col("discount_amount") > 0)).alias("discount_lines"),
+        *[measures.total(kind.isin(*types)).alias(name) for name, types in layouts.BROWSING.items()],
+        measures.total(~kind.isin(*measures.MAIL)).alias("visits"),
     )
-    age = F.datediff("as_of_date", "event_date")
     known = (
         per_order.join(pairs, "user_id")
         .where(F.col("known_date") < F.col("as_of_date"))
-        .withColumn("age", age)
+        .withColumn("age", F.datediff("as_of_date", "event_date"))  # at least 1
     )
-    windows = [
-        _total(F.col("age") <= days, F.col(measure)).alias(f"{measure}_{days}")
-        for measure, days in (
-            ("lines", 28),
-            ("spend", 28),
-            ("spend", 56),
-            ("coupon_lines", 28),
-            ("coupon_lines", 91),
-        )
-    ]
+    windows = {
+        f"{measure}_{days}": measures.total(measures.within(days), F.col(measure))
+        for measure in ("lines", "spend", *layouts.BROWSING)
+        for days in layouts.WINDOWS
+    } | {
+        f"coupon_lines_{days}": measures.total(measures.within(days), F.col("coupon_lines"))
+        for days in (28, 91)
+    }
     sums = ("lines", "spend", "coupon_lines", "coupon", "match_lines", "discount", "discount_lines")
+    ages = {name: F.min(F.when(F.col(name) > 0, F.col("age"))) for name in _AGES}
+    # Bit n - 1 says that the user was there n days before: distinct days without a list of them.
+    days_seen = F.when(
+        measures.within(28) & (F.col("visits") > 0), F.expr("shiftleft(1L, age - 1)")
+    ).otherwise(0)
     # One order may span days: it counts once, and lies in a window iff its newest known line does.
-    per_pair = known.groupBy(*_PAIR, "order_id").agg(
+    per_pair = known.groupBy(*measures.PAIR, "order_id").agg(
         *[F.sum(name).alias(name) for name in sums],
-        *windows,
-        F.min(F.when(F.col("lines") > 0, F.col("age"))).alias("order_age"),
-        F.min(F.when(F.col("coupon_lines") > 0, F.col("age"))).alias("coupon_age"),
+        *[total.alias(name) for name, total in windows.items()],
+        *[age.alias(f"{name}_age") for name, age in ages.items()],
         F.max("age").alias("oldest"),
+        F.bit_or(days_seen).alias("days_seen"),
     )
-    is_order = F.col("order_id").isNotNull()
-    return per_pair.groupBy(*_PAIR).agg(
-        _total(is_order & F.col("order_age").isNotNull()).alias("num_orders_all"),
-        _total(is_order & (F.col("order_age") <= 28)).alias("num_orders_28_days"),
-        _total(is_order & (F.col("order_age") <= 7)).alias("num_orders_7_days"),
+    is_order = F.col("order_id").isNotNull() & F.col("lines_age").isNotNull()
+    names = {"lines": "num_lines", "spend": "spend_amount", "coupon_lines": "num_coupon_lines"}
+    names |= {name: f"num_{name}" for name in layouts.BROWSING}
+    totals = per_pair.groupBy(*measures.PAIR).agg(
+        measures.total(is_order).alias("num_orders_all"),
+        *[
+            measures.total(is_order & (F.col("lines_age") <= days)).alias(f"num_orders_{days}_days")
+            for days in layouts.WINDOWS
+        ],
+        *[
+            F.sum(name).alias(f"{names[measure]}_{days}_days")
+            for name in windows
+            for measure, _, days in [name.rpartition("_")]
+        ],
         F.sum("lines").alias("num_lines_all"),
-        F.sum("lines_28").alias("num_lines_28_days"),
         F.sum("spend").alias("spend_amount_all"),
-        F.sum("spend_28").alias("spend_amount_28_days"),
-        F.sum("spend_56").alias("spend_amount_56_days"),
-        F.min("order_age").alias("recency_days"),
-        F.max("oldest").alias("tenure_days"),
         F.sum("coupon_lines").alias("num_coupon_lines_all"),
-        F.sum("coupon_lines_28").alias("num_coupon_lines_28_days"),
-        F.sum("coupon_lines_91").alias("num_coupon_lines_91_days"),
         F.sum("coupon").alias("coupon_amount_all"),
-        F.min("coupon_age").alias("coupon_recency_days"),
         F.sum("match_lines").alias("num_coupon_match_lines"),
         F.sum("discount").alias("discount_amount_all"),
         F.sum("discount_lines").alias("num_discount_lines"),
+        *[F.min(f"{name}_age").alias(feature) for name, feature in _AGES.items()],
+        F.max("oldest").alias("tenure_days"),
+        F.bit_or("days_seen").alias("days_seen"),
     )
+    return totals.select(
+        "*",
+        F.bit_count(F.col("days_seen").bitwiseAND(F.lit((1 << 7) - 1))).alias("num_active_days_7_days"),
+        F.bit_count("days_seen").alias("num_active_days_28_days"),
+    ).drop("days_seen")
 
 
 def _category_features(events: DataFrame, pairs: DataFrame) -> DataFrame:
     """Distinct categories bought: how many became known on each day, summed up to the cut-off."""
     first_seen = (
-        events.where(_is_purchase() & F.col("category_id").isNotNull())
+        events.where(measures.is_purchase() & F.col("category_id").isNotNull())
         .groupBy("user_id", "category_id")
         .agg(F.min("known_date").alias("known_date"))
         .groupBy("user_id", "known_date")
@@ -170,93 +182,36 @@ def _category_features(events: DataFrame, pairs: DataFrame) -> DataFrame:
     return (
         first_seen.join(pairs, "user_id")
         .where(F.col("known_date") < F.col("as_of_date"))
-        .groupBy(*_PAIR)
+        .groupBy(*measures.PAIR)
         .agg(F.sum("categories").alias("num_categories"))
     )
 
 
-def _promoted_features(events: DataFrame, rows: DataFrame, campaigns: DataFrame) -> DataFrame:
-    """Purchases of what the campaign promotes: its coupons' items or, if it names none, their categories."""
-    coupons = campaigns.select("campaign_id", F.explode("coupons").alias("coupon"))
-    items = coupons.select("campaign_id", F.explode("coupon.item_ids").alias("item_id")).distinct()
-    categories = (
-        coupons.join(items.select("campaign_id").distinct(), "campaign_id", "left_anti")
-        .select("campaign_id", F.col("coupon.category_id").alias("category_id"))
-        .where(F.col("category_id").isNotNull())
-        .distinct()
+def _return_features(orders: DataFrame, pairs: DataFrame, time_zone: str) -> DataFrame:
+    """Orders that were cancelled or returned before the cut-off, told by then, and their money."""
+    # Nothing is told before its own time, clocks ahead or not; a missing status time is that of the delivery.
+    days = [F.to_date(F.from_utc_timestamp(name, time_zone)) for name in ("order_time", "status_time")]
+    told = F.greatest("ingest_date", *days)
+    returned = (
+        orders.where(F.col("order_status").isin("cancelled", "returned"))
+        .withColumn("told", told)
+        .groupBy("user_id", "order_id")
+        .agg(
+            F.min("told").alias("told"),
+            F.min_by(measures.micros("total_amount"), F.struct("told", "ingest_date")).alias("amount"),
+        )
     )
-    bought = events.where(_is_purchase()).select(
-        "user_id", "item_id", "category_id", "event_date", "known_date", _micros("price").alias("spend")
-    )
-    by_item = bought.join(F.broadcast(items), "item_id")
-    by_category = bought.join(F.broadcast(categories), "category_id").select(*by_item.columns)
-    recent = F.datediff("as_of_date", "event_date") <= 56
     return (
-        by_item.unionByName(by_category)
-        .join(rows, ["user_id", "campaign_id"])
-        .where(F.col("known_date") < F.col("as_of_date"))
-        .groupBy(*_ROW, "item_id")
-        .agg(
-            F.count(F.lit(1)).alias("lines"), _total(recent).alias("lines_56"), F.sum("spend").alias("spend")
-        )
-        .groupBy(*_ROW)
-        .agg(
-            F.sum("lines").alias("num_promoted_lines_all"),
-            F.sum("lines_56").alias("num_promoted_lines_56_days"),
-            F.sum("spend").alias("promoted_amount_all"),
-            F.count("item_id").alias("num_promoted_items"),
-        )
-    )
-
-
-def _redemption_features(redemptions: DataFrame, cutoffs: DataFrame, time_zone: str) -> DataFrame:
-    """Redemptions before the cut-off, delivered by then."""
-    day = F.to_date(F.from_utc_timestamp("redemption_time", time_zone))
-    return (
-        redemptions.select("user_id", "campaign_id", "redemption_time", "ingest_date", day.alias("day"))
-        .join(cutoffs, "user_id")
-        .where((F.col("redemption_time") < F.col("as_of")) & (F.col("ingest_date") < F.col("as_of_date")))
-        .groupBy(*_PAIR)
-        .agg(
-            F.count(F.lit(1)).alias("num_redemptions"),
-            F.countDistinct("campaign_id").alias("num_redeemed_campaigns"),
-            F.min(F.datediff("as_of_date", "day")).alias("redemption_recency_days"),
-        )
-    )
-
-
-def _mail_features(sends: DataFrame, campaigns: DataFrame, cutoffs: DataFrame) -> DataFrame:
-    """Campaigns whose mail the user got before the cut-off, and those of them that are over."""
-    mails = sends.select("user_id", "campaign_id", "delivered_time", "ingest_date")
-    ends = F.broadcast(campaigns.select("campaign_id", "end_date"))
-    before = mails.join(cutoffs, "user_id").where(
-        (F.col("delivered_time") < F.col("as_of")) & (F.col("ingest_date") < F.col("as_of_date"))
-    )
-    finished = F.when(F.col("end_date") < F.col("as_of_date"), F.col("campaign_id"))
-    return (
-        before.join(ends, "campaign_id", "left")
-        .groupBy(*_PAIR)
-        .agg(
-            F.countDistinct("campaign_id").alias("num_campaigns_received"),
-            F.countDistinct(finished).alias("num_campaigns_finished"),
-        )
+        returned.join(pairs, "user_id")
+        .where(F.col("told") < F.col("as_of_date"))
+        .groupBy(*measures.PAIR)
+        .agg(F.count(F.lit(1)).alias("num_returned_orders"), F.sum("amount").alias("returned_amount_all"))
     )
 
 
 def _attribute_features(users: DataFrame, pairs: DataFrame) -> DataFrame:
-    """Whether attributes were known in the newest snapshot of the user master before the cut-off's day.
-
-    The snapshot of that day is delivered after the day's start, which is the cut-off.
-    """
-    days = pairs.select("as_of_date").distinct()
-    newest = (
-        users.select("snapshot_date")
-        .distinct()
-        .join(days, F.col("snapshot_date") < F.col("as_of_date"))
-        .groupBy("as_of_date")
-        .agg(F.max("snapshot_date").alias("snapshot_date"))
-    )
-    return users.join(F.broadcast(newest), "snapshot_date").select(
+    """Whether attributes were known in the newest snapshot of the user master before the cut-off's day."""
+    return users.join(F.broadcast(measures.newest_snapshots(users, pairs)), "snapshot_date").select(
         "user_id", "as_of_date", F.col("has_attributes").cast("int").alias("has_attributes")
     )
 

@@ -53,6 +53,8 @@ class Inputs:
     sends: DataFrame
     redemptions: DataFrame
     users: DataFrame
+    orders: DataFrame
+    catalogue: DataFrame
     vocabulary: DataFrame
     vocabulary_version: str
     history_method: str = "window"
@@ -104,13 +106,16 @@ def prepare_events(raw: DataFrame, terms: DataFrame, time_zone: str) -> DataFram
     """Encode events, add ``known_date`` and partition by user, once for all that follows. Not cached.
 
     An event is known from the start of its ingest date at the earliest: the sender's ``ingest_time`` may be
-    of an earlier day, at whose end nobody could have read it yet.
+    of an earlier day, at whose end nobody could have read it yet. ``seen_date`` is when anybody's: a visitor's
+    event that finds its user later was part of the popularity of its item all along.
     """
     delivered = F.greatest("ingest_time", as_of_time("ingest_date", time_zone))
     encoded = vocabulary.encode(raw.withColumn("ingest_time", delivered), terms)
     encoded = encoded.withColumn("known_date", aggregates.known_date(time_zone))
-    kept = ["user_id", "event_id", "event_time", "ingest_time", "event_date", "known_date", "event_type"]
-    kept += ["order_id", "item_id", "category_id", "shop_id", "price", "is_automated"]
+    if "seen_date" not in encoded.columns:
+        encoded = encoded.withColumn("seen_date", F.col("known_date"))
+    kept = ["user_id", "event_id", "event_time", "ingest_time", "event_date", "known_date", "seen_date"]
+    kept += ["event_type", "order_id", "item_id", "category_id", "shop_id", "price", "is_automated"]
     kept += ["discount_amount", "coupon_amount", "coupon_match_amount"]
     return encoded.select(*kept, *[f"{name}_index" for name in vocabulary.COLUMNS]).repartition("user_id")
 
@@ -127,6 +132,7 @@ def read_inputs(spark: SparkSession, config: Config, last: date) -> Inputs:
     version = vocabulary.resolve(root_uri, config.examples.vocabulary_version)
     terms = vocabulary.load(spark, root_uri, version)
     raw = events.read_events(spark, root_uri, DateRange(last - timedelta(days=MAX_DAYS), last))
+    raw = raw.withColumn("seen_date", aggregates.known_date(config.lake.time_zone))
     raw = identity.resolve(raw, identity.links(spark, root_uri))
 
     def read_first(table: str, key: str) -> DataFrame:
@@ -138,6 +144,8 @@ def read_inputs(spark: SparkSession, config: Config, last: date) -> Inputs:
         sends=read_first("sends", "send_id"),
         redemptions=read_first("redemptions", "redemption_id"),
         users=tables.read(spark, root_uri, "users"),
+        orders=tables.read(spark, root_uri, "orders"),  # all deliveries: a later one tells of a return
+        catalogue=tables.read(spark, root_uri, "catalogue"),
         vocabulary=terms,
         vocabulary_version=version,
         history_method=config.examples.history_method,
@@ -193,7 +201,15 @@ def build_parts(inputs: Inputs, rows: DataFrame, length: int, time_zone: str) ->
     """The two sides of ``build_features``: histories by (user, as_of); wide and target by row."""
     history = histories.build(inputs.events, rows, length, inputs.history_method, inputs.history_state)
     wide = aggregates.build(
-        inputs.events, rows, inputs.campaigns, inputs.sends, inputs.redemptions, inputs.users, time_zone
+        inputs.events,
+        rows,
+        inputs.campaigns,
+        inputs.sends,
+        inputs.redemptions,
+        inputs.users,
+        inputs.orders,
+        inputs.catalogue,
+        time_zone,
     )
     targets = build_targets(inputs.campaigns, inputs.vocabulary)
     return history, wide.join(F.broadcast(targets), "campaign_id")
@@ -212,7 +228,7 @@ def build_popularity(
         ConfigError: the table would be larger.
     """
     every = config.negative_refresh_days
-    number = F.floor(F.datediff("known_date", F.lit(_EPOCH)) / every) + 1  # first refresh after the day
+    number = F.floor(F.datediff("seen_date", F.lit(_EPOCH)) / every) + 1  # first refresh after the day
     last_number = (last - _EPOCH).days // every
     with cached(
         encoded.where(F.col("item_id").isNotNull() & F.col("category_id").isNotNull())

@@ -2,15 +2,29 @@
 
 A segment is a function of one event date. Sessions join neighbouring segments over midnight; a join looks
 at three days only, so that any range can be rebuilt from a few days around it, in any order.
+
+All columns add up over the two segments of a session. A ``visitor:`` id is a user of its own: what was done
+before a login stays a session of the visitor, and no later identity link moves it. Sessions tell what
+happened, not what was known at an ``as_of``: features are built from events.
 """
 
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from couponflow.dates import DateRange
 from couponflow.lake import schemas, tables
 
-_DAY_COUNTS = ("num_events", "num_views", "num_carts", "num_purchases")
+#: Count of a segment and of a session -> the event types that it counts.
+COUNTS = {
+    "num_views": ("view",),
+    "num_searches": ("search",),
+    "num_favourites": ("favourite",),
+    "num_carts": ("cart",),
+    "num_purchases": ("purchase",),
+    "num_mail_events": ("mail_open", "mail_click"),
+}
+#: Columns of a session that are those of its first event, and where they come from.
+_ENTRY = {"device": "device", "channel": "channel", "first_event_type": "event_type"}
 
 
 def assign_segments(events: DataFrame, gap_minutes: int) -> DataFrame:
@@ -45,24 +59,31 @@ def assign_segments(events: DataFrame, gap_minutes: int) -> DataFrame:
 def build_segments(events: DataFrame, gap_minutes: int) -> DataFrame:
     """Sum events up to ``session_segments``: one row per (``user_id``, ``segment_start``).
 
-    ``device`` is that of the first event by (``event_time``, ``event_id``). A pure function of each event
-    date's rows. Cost: one shuffle; the sum reuses the window's partitioning.
+    ``device``, ``channel`` and ``first_event_type`` are those of the first event by (``event_time``,
+    ``event_id``), ``last_event_type`` is that of the last. ``spend_amount`` is the money of its purchases, in
+    whole micro-units; a missing price is 0. A pure function of each event date's rows. Cost: one shuffle;
+    the sum reuses the window's partitioning.
     """
-    narrow = events.select("user_id", "event_date", "event_time", "event_id", "event_type", "device")
-    kind = F.col("event_type")
+    columns = ("user_id", "event_date", "event_time", "event_id", "event_type", "price", "device", "channel")
+    kind, place = F.col("event_type"), F.struct("event_time", "event_id")
     return (
-        assign_segments(narrow, gap_minutes)
+        assign_segments(events.select(*columns), gap_minutes)
         .groupBy("user_id", "event_date", "segment_start")
         .agg(
             F.max("event_time").alias("segment_end"),
             F.count(F.lit(1)).alias("num_events"),
-            F.count_if(kind == "view").alias("num_views"),
-            F.count_if(kind == "cart").alias("num_carts"),
-            F.count_if(kind == "purchase").alias("num_purchases"),
-            F.min_by("device", F.struct("event_time", "event_id")).alias("device"),
+            *[F.count_if(kind.isin(*types)).alias(name) for name, types in COUNTS.items()],
+            _money(F.when(kind == "purchase", F.col("price"))).alias("spend_amount"),
+            *[F.min_by(column, place).alias(name) for name, column in _ENTRY.items()],
+            F.max_by("event_type", place).alias("last_event_type"),
         )
         .select(*schemas.TABLES["session_segments"].column_names)
     )
+
+
+def _money(amount: Column) -> Column:
+    """Sum of amounts in whole micro-units, so that it does not depend on the order of rows."""
+    return F.sum(F.round(F.coalesce(amount, F.lit(0.0)) * 1e6).cast("bigint")) / 1e6
 
 
 def stitch(segments: DataFrame, gap_minutes: int) -> DataFrame:
@@ -73,7 +94,7 @@ def stitch(segments: DataFrame, gap_minutes: int) -> DataFrame:
         the gap of its own day before. So a session has at most two segments and is shorter than 48 h.
     Reach: a session of date S is settled by the segments of [S - 2, S + 1]; dates nearer than that to the
         edge of the input are provisional.
-    Id: hash of ``user_id`` and ``session_start``. Device: that of the first event.
+    Id: hash of ``user_id`` and ``session_start``. ``is_converted``: it holds a purchase.
     Cost: one shuffle, two sorts over segments.
 
     Gap 30, one segment each around three midnights::
@@ -98,9 +119,12 @@ def stitch(segments: DataFrame, gap_minutes: int) -> DataFrame:
         .agg(
             F.max("segment_end").alias("session_end"),
             F.count(F.lit(1)).alias("num_segments"),
-            *[F.sum(name).alias(name) for name in _DAY_COUNTS],
-            F.min_by("device", "segment_start").alias("device"),
+            *[F.sum(name).alias(name) for name in ("num_events", *COUNTS)],
+            _money(F.col("spend_amount")).alias("spend_amount"),
+            *[F.min_by(name, "segment_start").alias(name) for name in _ENTRY],
+            F.max_by("last_event_type", "segment_start").alias("last_event_type"),
         )
+        .withColumn("is_converted", F.col("num_purchases") > 0)
         .withColumn("duration_seconds", F.floor((F.unix_micros(end) - F.unix_micros(start)) / 1_000_000))
         .withColumn(
             "session_id",

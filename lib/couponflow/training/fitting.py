@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("couponflow")
 
-#: Rows over all ranks that the warm start is fitted on; more would not change 35 coefficients.
+#: Rows over all ranks that the warm start is fitted on; more would hardly change the coefficients.
 _WARM_ROWS = 100_000
 _TRAIN, _VALID = "train", "valid"
 _BUNDLE, _RESULT, _CONFIG, _CHECKPOINT = "bundle", "result.json", "config.json", "best.pt"
