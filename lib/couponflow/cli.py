@@ -13,7 +13,7 @@ import typer
 from couponflow import console, pipeline
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange, parse_day
-from couponflow.entry import Campaign, ConfigPath, Dates, Model, Overrides, record_run, set_up_logging
+from couponflow.entry import Campaign, ConfigPath, Dates, Model, Overrides, record_run, set_up_logging, today
 from couponflow.errors import ConfigError, CouponflowError
 from couponflow.lake import contracts, leases, runs, storage
 
@@ -174,7 +174,7 @@ def status(
     Example: couponflow status --job train
     """
     with _errors_as_exit_codes():
-        known = ("land", *pipeline.JOBS)
+        known = ("land", *pipeline.UPKEEP, *pipeline.JOBS)
         if job and job not in known:
             raise ConfigError(f"unknown job {job!r}; one of {', '.join(sorted(known))}")
         settings = _load(config, overrides)
@@ -182,8 +182,11 @@ def status(
             _show_content(settings, _LazySpark(settings)(), as_json)
             return
         records = runs.load_all(settings.lake.root_uri, job or None)
+        since = runs.reproducible_since(settings.lake.root_uri)
         if as_json:
-            console.show_json([record.__dict__ for record in records])
+            console.show_json(
+                [record.__dict__ | {"is_reproducible": record.started_time >= since} for record in records]
+            )
             return
         console.show_rows(
             "Runs",
@@ -193,7 +196,7 @@ def status(
                     record.job,
                     record.dates,
                     " ".join(record.arguments.values()),
-                    record.status,
+                    record.status + ("" if record.started_time >= since else ", not reproducible"),
                     round(record.seconds, 1),
                     json.dumps(record.rows),
                     record.error,
@@ -202,6 +205,68 @@ def status(
             ],
         )
         _show_leases(settings.lake.root_uri)
+
+
+@app.command()
+def erase(
+    user: Annotated[str, typer.Option("--user", help="Raw user id, as delivered; - reads it from stdin.")],
+    config: ConfigPath = DEFAULT_CONFIG,
+    overrides: Overrides = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Only search every file for the id.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Erase one person from raw files, tables, ledger and lists, and keep them out.
+
+    Old table versions hold the rows until `couponflow maintain` has removed them after the retention; then
+    --verify reads every byte and ends with 3 if the id is found.
+
+    Example: couponflow erase --user customer-4711 --dry-run
+    """
+    with _errors_as_exit_codes():
+        from couponflow import erasing
+
+        settings = _load(config, overrides)
+        raw_id = sys.stdin.readline().strip() if user == "-" else user
+        person = erasing.find_person(settings, raw_id)
+        if person.needles.is_plain:
+            typer.echo(
+                "the id is too plain to be searched as text; user columns are searched for it", err=True
+            )
+        if verify:
+            erasing.verify(settings, person)
+            typer.echo("no file of lake and export target holds this person")
+            return
+        if not (yes or dry_run or typer.confirm("Erase this person for good?")):
+            raise ConfigError("nothing was erased; give --yes where nobody can answer")
+        session = _LazySpark(settings)
+        with record_run("erase_user", settings, today()) as job:
+            pipeline.load_job("erase_user").run(session(), job, raw_id, dry_run)
+        _show_counts("Would be erased" if dry_run else "Erased", job.rows)
+        if not job.rows:
+            typer.echo("nobody of this id is in the lake; new deliveries of it will be dropped")
+
+
+@app.command()
+def maintain(
+    config: ConfigPath = DEFAULT_CONFIG,
+    overrides: Overrides = None,
+    vacuum: Annotated[bool, typer.Option("--vacuum", help="Only remove files of old versions.")] = False,
+    optimize: Annotated[bool, typer.Option("--optimize", help="Only join small files.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Join small files, remove files of table versions older than the retention, keep erased people out.
+
+    Example: couponflow maintain --dry-run
+    """
+    with _errors_as_exit_codes():
+        settings = _load(config, overrides)
+        session = _LazySpark(settings)
+        with record_run("maintain", settings, today()) as job:
+            pipeline.load_job("maintain").run(
+                session(), job, vacuum or not optimize, optimize or not vacuum, dry_run
+            )
+        _show_counts("Would be done" if dry_run else "Done", job.rows)
 
 
 @app.command()
@@ -460,6 +525,10 @@ def _show_content(settings: Config, spark: Any, as_json: bool = False) -> None:
         console.show_json([dict(zip(names, row, strict=True)) for row in found])
     else:
         console.show_rows("Table contents", names, found)
+
+
+def _show_counts(title: str, counts: dict[str, int]) -> None:
+    console.show_rows(title, ["where", "count"], [[name, number] for name, number in counts.items()])
 
 
 def _write_report(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) -> str:

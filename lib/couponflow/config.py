@@ -24,6 +24,7 @@ from couponflow.sections import (
     ExamplesConfig,
     ExportConfig,
     LakeConfig,
+    MaintenanceConfig,
     ModelConfig,
     MonitoringConfig,
     RunConfig,
@@ -58,6 +59,7 @@ class Config(Section):
     selection: SelectionConfig = SelectionConfig()
     export: ExportConfig = ExportConfig()
     monitoring: MonitoringConfig = MonitoringConfig()
+    maintenance: MaintenanceConfig = MaintenanceConfig()
     run: RunConfig = RunConfig()
     spark: SparkConfig = SparkConfig()
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -86,6 +86,11 @@ Overrides = Annotated[
 Campaign = Annotated[str, typer.Option("--campaign", help="Campaign id, such as 18.")]
 Model = Annotated[str, typer.Option("--model", help="Model kind: logistic, dien or blend.")]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Log lines as JSON, for machines.")]
+
+
+def today() -> DateRange:
+    """The day of a job that is not about dates, UTC; for its run record."""
+    return DateRange.day(datetime.now(UTC).date())
 
 
 def job_app(doc: str | None) -> typer.Typer:

@@ -37,8 +37,11 @@ JOBS = (
     "export_audience",
     "monitor",
 )
+#: Jobs of the whole lake, outside the plan; each has a command of its own.
+UPKEEP = ("erase_user", "maintain")
 WITHOUT_SPARK = ("train", "evaluate")
 _OF_A_CAMPAIGN = ("score", "select_audience", "export_audience")
+_COMMIT_HEAD_BYTES = 1_024  # a commit's first words say which operation it was
 #: Facts of a record that name an object the stage has published; a stage whose object is gone runs again.
 _PUBLISHED = ("manifest", "evaluation", "dataset")
 
@@ -236,15 +239,24 @@ def recorded(config: Config, stages: list[Stage]) -> list[Outcome]:
 
 
 def versions(root_uri: str, tables: tuple[str, ...]) -> dict[str, int]:
-    """Newest version of each existing table, read off its log without Spark."""
+    """Newest version of each existing table that changed rows, read off its log without Spark."""
     found = {}
     for table in tables:
-        log = storage.list_names(storage.join(root_uri, "tables", table, "_delta_log"))
-        names = [name.removesuffix(".json") for name in log if name.endswith(".json")]
+        log = storage.join(root_uri, "tables", table, "_delta_log")
+        names = [name.removesuffix(".json") for name in storage.list_names(log) if name.endswith(".json")]
         commits = [int(name) for name in names if name.isdecimal()]  # beside them: checkpoints
         if commits:
-            found[table] = max(commits)
+            found[table] = _last_change(log, sorted(commits))
     return found
+
+
+def _last_change(log_uri: str, commits: list[int]) -> int:
+    """The newest commit that is more than the joining of files, which leaves results as they are."""
+    for number in reversed(commits):
+        head = storage.read_head(storage.join(log_uri, f"{number:020d}.json"), _COMMIT_HEAD_BYTES)
+        if b'"operation":"OPTIMIZE"' not in head:
+            return number
+    return commits[-1]
 
 
 def content(root_uri: str, spark: Any) -> Iterator[tuple[str, int, int, str]]:

@@ -399,6 +399,23 @@ class MonitoringConfig(Section):
     )
 
 
+class MaintenanceConfig(Section):
+    """Used by maintain."""
+
+    retention_hours: int = Field(
+        default=168,
+        ge=0,
+        le=87_600,
+        description="Hours that replaced files stay readable: longer than the longest training. Erased rows "
+        "stay in old table versions as long.",
+    )
+    allow_short_retention: bool = Field(
+        default=False,
+        description="Accept less than 168 hours. Only while no job runs: readers of older versions fail.",
+    )
+    max_files: int = Field(default=8, ge=1, description="Files. A partition with more of them is compacted.")
+
+
 class RunConfig(Section):
     """What ``couponflow run`` (and ``make run``) executes."""
 

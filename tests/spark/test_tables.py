@@ -93,11 +93,11 @@ def test_a_table_of_other_code_is_refused(spark: SparkSession, root_uri: str) ->
         ("UNSET TBLPROPERTIES ('couponflow.schema_version')", "schema version none"),
     ):
         spark.sql(f"ALTER TABLE {place} {change}")
-        with pytest.raises(DataError, match=f"orders .* has {found}, this code knows 1"):
+        with pytest.raises(DataError, match=f"orders .* has {found}, this code knows 2"):
             tables.read(spark, root_uri, "orders")
         with pytest.raises(DataError, match=found):
             tables.overwrite(make_frame(spark, "orders", [order("b")]), root_uri, "orders", day)
-    spark.sql(f"ALTER TABLE {place} SET TBLPROPERTIES ('couponflow.schema_version' = '1')")
+    spark.sql(f"ALTER TABLE {place} SET TBLPROPERTIES ('couponflow.schema_version' = '2')")
     assert ids(spark, root_uri) == {"a"}
 
 

@@ -12,6 +12,7 @@ from couponflow.cli import app
 from couponflow.dates import DateRange
 from couponflow.entry import record_run
 from couponflow.errors import DataError
+from couponflow.lake import runs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COMMANDS = (
@@ -22,6 +23,8 @@ COMMANDS = (
     "backfill",
     "status",
     "check",
+    "erase",
+    "maintain",
     "models list",
     "models show",
     "models promote",
@@ -155,3 +158,50 @@ def test_the_contract_names_every_feed() -> None:
     done = CliRunner().invoke(app, ["check", "--contract"])
     for feed in ("events", "orders", "redemptions", "sends", "campaigns", "consents", "users", "catalogue"):
         assert f"raw/{feed}/" in done.stdout
+
+
+PUBLIC = ["--set", "events.pseudonymise=false"]
+
+
+def test_verify_lists_the_files_that_hold_a_person(config_file: Path, tmp_path: Path) -> None:
+    holding = tmp_path / "lake" / "runs" / "x" / "r.json"
+    holding.parent.mkdir(parents=True)
+    holding.write_text('{"error": "customer-4711"}')
+    export = ["--set", f"export.target_uri='{tmp_path / 'export'}'"]
+    argv = ["erase", "--config", str(config_file), *PUBLIC, *export, "--verify"]
+    done = CliRunner().invoke(app, [*argv, "--user", "customer-4711"])
+    assert done.exit_code == 3
+    assert "1 files may still hold this person" in done.output
+    assert "r.json (its bytes)" in done.output
+    done = CliRunner().invoke(app, [*argv, "--user", "-"], input="customer-4712\n")
+    assert done.exit_code == 0, done.output
+    assert "no file of lake and export target holds this person" in done.output
+
+
+def test_erasing_needs_a_key_an_id_and_an_answer(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COUPONFLOW_USER_KEY", raising=False)
+    argv = ["erase", "--config", str(config_file)]
+    for more, answer, words in (
+        (["--user", "customer-4711"], "y\n", "COUPONFLOW_USER_KEY"),
+        ([*PUBLIC, "--user", ""], "y\n", "expected one id"),
+        ([*PUBLIC, "--user", "customer-4711"], "n\n", "nothing was erased"),
+    ):
+        done = CliRunner().invoke(app, [*argv, *more], input=answer)
+        assert done.exit_code == 2, done.output
+        assert words in " ".join(done.output.split())
+    assert not (tmp_path / "lake").exists()
+
+
+def test_status_shows_what_an_erasure_made_impossible_to_repeat(config_file: Path, tmp_path: Path) -> None:
+    config = test_config(tmp_path)
+    for job in ("sessionize", "monitor"):
+        with record_run(job, config, DateRange.parse("2024-01-01")):
+            pass
+        if job == "sessionize":
+            runs.mark_not_reproducible(config.lake.root_uri, "erase-1")
+    argv = ["status", "--config", str(config_file)]
+    found = json.loads(CliRunner().invoke(app, [*argv, "--json"]).stdout)
+    assert {run["job"]: run["is_reproducible"] for run in found} == {"sessionize": False, "monitor": True}
+    assert CliRunner().invoke(app, argv).stdout.count("not") == 1

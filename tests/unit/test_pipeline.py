@@ -219,4 +219,4 @@ def test_the_plan_is_in_order_and_every_job_exists(config: Config) -> None:
     written = [table for stage in planned for table in stage.writes]
     assert len(set(written)) == len(written)
     jobs = Path(__file__).parents[2] / "jobs"
-    assert {path.stem for path in jobs.glob("*.py")} - {"__init__"} == set(pipeline.JOBS)
+    assert {path.stem for path in jobs.glob("*.py")} - {"__init__"} == {*pipeline.JOBS, *pipeline.UPKEEP}

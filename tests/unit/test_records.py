@@ -126,9 +126,10 @@ def test_a_csv_row_is_its_header_and_what_is_no_row_is_flagged_line_by_line(newl
     content = codecs.BOM_UTF8 + b"".join([HEAD, *good, *bad, *swallowed]).replace(b"\n", newline)
     found = outcome(content)
     lines = f"two{newline.decode()}lines"
-    assert found[:2] == [(0, lines, False), (1, 'a "b", c', False)]
-    assert found[2:7] == [*[(n, None, True) for n in range(2, 6)], (6, "o7", False)]
-    assert [number for number, _, _ in found] == list(range(7 + 5_001))  # every swallowed line is a row
+    assert found[:2] == [(0, lines, False), (2, 'a "b", c', False)]  # a blank line keeps its place
+    assert found[2:7] == [*[(n, None, True) for n in range(3, 7)], (7, "o7", False)]
+    every = [0, *range(2, 8 + 5_001)]  # every swallowed line is a row
+    assert [number for number, _, _ in found] == every
     assert found[7][1:] == (None, True)
     assert found[-1][1:] == ("o9", False), "the reader must recover after a refused row"
     assert outcome(HEAD + csv_line("o1") + b'o2,"u1\n' + csv_line("o3"))[1:] == [
@@ -136,6 +137,14 @@ def test_a_csv_row_is_its_header_and_what_is_no_row_is_flagged_line_by_line(newl
         (2, None, True),
     ]
     assert outcome(HEAD) == outcome(b"") == []
+
+
+def test_a_parquet_row_without_any_value_is_blank_and_keeps_its_place() -> None:
+    rows = [order(), dict.fromkeys(order()), order(order_id="o3"), dict.fromkeys(order())]
+    when = {"order_time": datetime(2024, 1, 10, 8, tzinfo=UTC)}
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([row | when if row["order_id"] else row for row in rows]), buffer)
+    assert outcome(buffer.getvalue(), "a.parquet") == [(0, "o1", False), (2, "o3", False)]
 
 
 @pytest.mark.parametrize("extra", [b"", b"{broken\n"])

@@ -14,7 +14,8 @@ import pytest
 
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, ConflictError, DataError, InfraError
-from couponflow.lake import leases, runs, storage
+from couponflow.lake import leases, needles, runs, storage
+from couponflow.lake.needles import Needles
 
 BUCKET = "gs://mails/lake"
 
@@ -87,6 +88,12 @@ class Answers(BaseHTTPRequestHandler):
         if url.path.startswith("/download/"):
             return self.answer(200, self.server.objects[name][0])
         return self.answer(200, self.resource(name))
+
+    def do_DELETE(self) -> None:
+        if self.server.refusal:
+            return self.answer(self.server.refusal)
+        name = unquote(urlsplit(self.path).path.rpartition("/o/")[2])
+        return self.answer(204 if self.server.objects.pop(name, None) else 404, b"")
 
     def page(self, query: dict[str, list[str]]) -> dict[str, Any]:
         """Two names a page, folders and objects mixed, as a store with a delimiter answers."""
@@ -173,7 +180,27 @@ def test_every_page_is_listed_and_downloaded(store: Store, tmp_path: Path) -> No
     assert storage.list_sizes(f"{BUCKET}/x") == dict.fromkeys("abef", 0) | {"c.json": 6, "d.json": 6}
     folder = storage.download_folder(f"{BUCKET}/x", tmp_path)
     assert list(storage.walk(str(folder))) == names[:-1]
+    assert list(storage.walk(f"{BUCKET}/x")) == names[:-1]
     assert (folder / "e" / "1").read_bytes() == b"e/1"
+
+
+def test_an_object_is_removed_once_and_an_absent_one_is_no_error(store: Store) -> None:
+    store.put("lake/a.json", b"x", None)
+    for _ in range(2):
+        storage.remove(f"{BUCKET}/a.json")
+        assert not storage.exists(f"{BUCKET}/a.json")
+    store.refusal = 403
+    with pytest.raises(InfraError, match=r"roles/storage\.objectUser"):
+        storage.remove(f"{BUCKET}/a.json")
+
+
+def test_a_byte_search_and_a_redaction_reach_every_object(store: Store) -> None:
+    store.put("lake/a/r.json", b'"customer-17"', None)
+    store.put("lake/b.json", b'"customer-171"', None)
+    found = Needles(("customer-17",))
+    assert list(needles.search(BUCKET, found)) == [(f"{BUCKET}/a/r.json", "its bytes")]
+    assert needles.redact(BUCKET, found, (".json",), ()) == [f"{BUCKET}/a/r.json"]
+    assert list(needles.search(BUCKET, found)) == []
 
 
 def test_a_download_stays_in_its_folder(store: Store, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The hand-over, exactly once: a list file, then its manifest. No manifest, no list.
 
-``<target>/<campaign>/<version>/audience.csv`` and ``manifest.json`` are each created once and never replaced.
+``<target>/<campaign>/<version>/audience.csv`` and ``manifest.json`` are each created once; only an
+erasure replaces them (``erasing``).
 Both are pure functions of the version and of the consent known when it is handed over, so a run that dies
 between them is simply run again, and two runs at once agree; where consent has changed in between, nothing
 is handed over until a person has removed the unfinished file. A mail system reads a list only after its
@@ -24,6 +25,7 @@ from pyspark.sql import functions as F
 from couponflow.campaign import assignment, eligibility
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import runs, storage
+from couponflow.lake.erased import TOMBSTONE
 from couponflow.sections import SelectionConfig
 
 EXPORT_SCHEMA_VERSION = 1
@@ -163,7 +165,7 @@ def finished(handover: Handover) -> dict[str, Any] | None:
     uri = storage.join(handover.folder, MANIFEST)
     if not storage.exists(uri):
         return None
-    manifest = _read_manifest(uri)
+    manifest = read_manifest(uri)
     content = storage.read_bytes(storage.join(handover.folder, str(manifest["file"])))
     num_rows = content.count(b"\n") - 1  # the header
     if storage.sha256(content) != manifest["sha256"] or num_rows != manifest["num_recipients"]:
@@ -185,7 +187,8 @@ def recipients(audience: DataFrame, ledger: DataFrame, consent: DataFrame) -> Re
         DataError: a user of the audience is not in the ledger as mailed (holdout, control, unknown), an id
             looks like a mail address, or the ledger mails someone whom the audience lacks.
     """
-    arms = ledger.select("user_id", "arm").distinct()
+    named = ledger.where(~F.col("user_id").startswith(TOMBSTONE))  # an erased person is on no list
+    arms = named.select("user_id", "arm").distinct()
     may_mail = consent.where(F.col("consent_reason").isNull()).select(
         "user_id", F.lit(True).alias("may_mail")
     )
@@ -272,7 +275,7 @@ def check_only_version(handover: Handover) -> None:
         uri = storage.join(place, version, MANIFEST)
         if version == handover.version or not storage.exists(uri):
             continue
-        if _read_manifest(uri)["run_date"] == handover.run_date.isoformat():
+        if read_manifest(uri)["run_date"] == handover.run_date.isoformat():
             raise ConflictError(
                 f"campaign {handover.campaign_id}, {handover.run_date}: version {version} was handed over "
                 f"already, {handover.version} would mail its users again; prepare it for another run date"
@@ -296,7 +299,12 @@ def _claim(handover: Handover) -> None:
         ) from error
 
 
-def _read_manifest(uri: str) -> dict[str, Any]:
+def read_manifest(uri: str) -> dict[str, Any]:
+    """The manifest of a list.
+
+    Raises:
+        DataError: it does not exist, or is damaged.
+    """
     try:
         manifest: dict[str, Any] = json.loads(storage.read_bytes(uri))
         missing = {"file", "sha256", "num_recipients", "num_withdrawn", "run_date"} - set(manifest)

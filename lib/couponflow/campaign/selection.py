@@ -17,6 +17,7 @@ from pyspark.sql import functions as F
 from couponflow.campaign import assignment, eligibility
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import tables
+from couponflow.lake.erased import TOMBSTONE
 from couponflow.sections import SelectionConfig
 
 MICRO = 1_000_000
@@ -277,11 +278,14 @@ def publish(
     """Write the ledger, then the audience of a version; returns the rows of each.
 
     The ledger only grows: a rerun with the same content writes nothing and keeps what is known about
-    exposure. A version that is ``is_final`` (approved or handed over) cannot change any more.
+    exposure. A version that is ``is_final`` (approved or handed over) cannot change any more; one from which
+    people were erased since stays as it is, as its inputs are no longer those that it was decided on.
 
     Raises:
         ConflictError: the rows of a final version would change.
     """
+    if is_final and (kept := _kept_after_erasure(decided, root_uri, decision)):
+        return kept
     frames = {
         "assignments": ledger_rows(decided, decision, run_id),
         "audience": audience_rows(decided, decision),
@@ -289,6 +293,19 @@ def publish(
     return {
         table: _publish(rows, root_uri, table, decision, run_id, is_final) for table, rows in frames.items()
     }
+
+
+def _kept_after_erasure(decided: DataFrame, root_uri: str, decision: Decision) -> dict[str, int]:
+    """Rows of a version in ledger and audience if an erasure has left a tombstone there; else nothing."""
+    frames = {
+        table: tables.read_or_empty(decided.sparkSession, root_uri, table).where(
+            (F.col("campaign_id") == decision.campaign_id) & (F.col("version") == decision.version)
+        )
+        for table in ("assignments", "audience")
+    }
+    if frames["assignments"].where(F.col("user_id").startswith(TOMBSTONE)).isEmpty():
+        return {}
+    return {table: frame.count() for table, frame in frames.items()}
 
 
 def _publish(

@@ -8,11 +8,15 @@ import hashlib
 import hmac
 import json
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
 from couponflow.errors import DataError
 from couponflow.lake import storage
+
+#: What stands in the ledger instead of an erased person's id: this, then a random text.
+TOMBSTONE = "erased:"
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,15 @@ class Erased:
     def contains(self, user_id: str) -> bool:
         """Whether this (pseudonymous) id was erased."""
         return bool(self.hashes) and _hash(self.key, user_id) in self.hashes
+
+    def hash_of(self, user_id: str) -> str:
+        """The name under which an erasure is kept on record."""
+        return _hash(self.key, user_id)
+
+    def with_ids(self, user_ids: Iterable[str]) -> "Erased":
+        """The list with more ids on it; writes nothing."""
+        key = self.key or secrets.token_hex(16)
+        return Erased(key, self.hashes | {_hash(key, user_id) for user_id in user_ids})
 
 
 def load(root_uri: str) -> Erased:
@@ -52,13 +65,33 @@ def add(root_uri: str, user_ids: list[str]) -> Erased:
     """
     uri = _uri(root_uri)
     held = storage.read_bytes(uri) if storage.exists(uri) else None
-    before = load(root_uri)
-    key = before.key or secrets.token_hex(16)
-    after = Erased(key, before.hashes | {_hash(key, user_id) for user_id in user_ids})
+    after = load(root_uri).with_ids(user_ids)
     content = json.dumps({"key": after.key, "hashes": sorted(after.hashes)}, indent=1).encode()
     if content != held:
         storage.replace(uri, content, held)
     return after
+
+
+def rewritten(root_uri: str) -> frozenset[str]:
+    """SHA-256 of every raw file as it was delivered, of those that an erasure has rewritten since.
+
+    A source that lands the same delivery again finds other bytes in the lake, and this says why.
+    """
+    uri = _rewritten_uri(root_uri)
+    return frozenset(json.loads(storage.read_bytes(uri))) if storage.exists(uri) else frozenset()
+
+
+def note_rewritten(root_uri: str, digests: Iterable[str]) -> None:
+    """Remember deliveries that are about to be rewritten.
+
+    Raises:
+        ConflictError: another run changed the note at the same time.
+    """
+    uri = _rewritten_uri(root_uri)
+    held = storage.read_bytes(uri) if storage.exists(uri) else None
+    content = json.dumps(sorted(rewritten(root_uri) | set(digests)), indent=1).encode()
+    if content != held:
+        storage.replace(uri, content, held)
 
 
 @cache
@@ -72,3 +105,7 @@ def _hash(key: str, user_id: str) -> str:
 
 def _uri(root_uri: str) -> str:
     return storage.join(root_uri, "erasure", "do_not_ingest.json")
+
+
+def _rewritten_uri(root_uri: str) -> str:
+    return storage.join(root_uri, "erasure", "rewritten_deliveries.json")

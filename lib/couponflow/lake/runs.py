@@ -106,6 +106,23 @@ def _uri(root_uri: str, record: RunRecord) -> str:
     return storage.join(root_uri, "runs", record.job, f"{record.run_id}.json")
 
 
+def mark_not_reproducible(root_uri: str, run_id: str) -> None:
+    """Say that no run started before now can be repeated: an erasure has taken rows that it read or wrote."""
+    mark = {"before": utc_now().isoformat()}
+    storage.create(storage.join(_marks(root_uri), f"{run_id}.json"), json.dumps(mark).encode(), run_id)
+
+
+def reproducible_since(root_uri: str) -> str:
+    """Instant (ISO-8601) before whose last erasure a run's ``started_time`` lies if it cannot be repeated."""
+    folder = _marks(root_uri)
+    marks = [storage.read_bytes(storage.join(folder, name)) for name in storage.list_names(folder)]
+    return max((str(json.loads(mark)["before"]) for mark in marks), default="")
+
+
+def _marks(root_uri: str) -> str:
+    return storage.join(root_uri, "erasure", "marks")
+
+
 def load_all(root_uri: str, job: str | None = None) -> list[RunRecord]:
     """All records, oldest first.
 

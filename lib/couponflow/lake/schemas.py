@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from couponflow.lake import layouts
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,25 @@ def replace(uri: str, content: bytes, expected: bytes | None) -> None:
         raise _unwritten(uri, content, error) from error
 
 
+def remove(uri: str) -> None:
+    """Remove one object; an absent one is no error. Only for what was replaced, or nobody may read.
+
+    Raises:
+        InfraError: the disk or the store refused it.
+    """
+    if is_remote(uri):
+        from google.api_core.exceptions import NotFound
+
+        with _store_errors(uri):
+            try:
+                _blob(uri).delete()
+            except NotFound:
+                return
+        return
+    with _disk_errors(uri):
+        Path(uri).unlink(missing_ok=True)
+
+
 def list_names(uri: str) -> list[str]:
     """Names directly below a prefix, files and folders, sorted; a missing folder has none."""
     return sorted(list_sizes(uri))
@@ -195,9 +214,15 @@ def sha256(content: bytes) -> str:
 
 
 def walk(uri: str) -> Iterator[str]:
-    """Paths of all local files below a folder, relative to it, sorted."""
+    """Paths of all files below a folder or prefix, relative to it, sorted; hidden local ones too."""
+    if is_remote(uri):
+        with _store_errors(uri):
+            bucket, prefix = _split(uri.rstrip("/") + "/")
+            names = sorted(blob.name.removeprefix(prefix) for blob in bucket.list_blobs(prefix=prefix))
+        yield from (name for name in names if name and not name.endswith("/"))
+        return
     base = Path(uri)
-    return (str(path.relative_to(base)) for path in sorted(base.rglob("*")) if path.is_file())
+    yield from (str(path.relative_to(base)) for path in sorted(base.rglob("*")) if path.is_file())
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import Any
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException, PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -38,6 +38,7 @@ _MAX_RUNS, _PAUSE_SECONDS = 3, 1.0
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.:-]{1,128}", re.ASCII)
 _PROPERTY = "couponflow.schema_version"
 _STAND_INS: ContextVar[Mapping[str, DataFrame]] = ContextVar("stand_ins", default=MappingProxyType({}))
+_USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 
 
 def spark_session(config: SparkConfig, app_name: str) -> SparkSession:
@@ -114,11 +115,11 @@ def read(
         _check_schema_version(spark, declared, uri)
     except AnalysisException as error:
         raise DataError(
-            f"table {table} cannot be read at {uri}: {_first_line(error)}; run the job that writes it"
+            f"table {table} cannot be read at {uri}: {first_line(error)}; run the job that writes it"
         ) from error
     except (Py4JJavaError, PySparkException) as error:  # a commit is cut, gone or unreadable
         raise DataError(
-            f"table {table} at {uri}: its log is damaged ({_first_line(error)}); restore its _delta_log"
+            f"table {table} at {uri}: its log is damaged ({first_line(error)}); restore its _delta_log"
         ) from error
     missing = [name for name in declared.column_names if name not in frame.columns]
     if missing:
@@ -174,7 +175,7 @@ def overwrite(
     """
     declared = _declared(table)
     uri = table_uri(root_uri, table)
-    predicate = _predicate(declared, dates, equals)
+    condition = predicate(declared, dates, equals)
     shaped = _conform(frame, declared)
     day = dates.start if dates else None
     faults.check(root_uri, str(frame.sparkSession.sparkContext.master))
@@ -186,7 +187,7 @@ def overwrite(
     writer = (
         shaped.write.format("delta")
         .mode("overwrite")
-        .option("replaceWhere", predicate)
+        .option("replaceWhere", condition)
         .option("userMetadata", mark)
     )
     if rows_per_file is not None:
@@ -196,10 +197,50 @@ def overwrite(
     except Exception as error:
         written = _rows_committed(frame.sparkSession, uri, mark)
         if written is None:
-            raise _write_error(error, table, dates or equals) from error
+            raise write_error(error, table, dates or equals) from error
         return written  # the commit's answer was lost: the log holds our mark
     faults.fire(root_uri, table, "after_commit", day)
     return _rows_committed(frame.sparkSession, uri, mark) or 0
+
+
+def take_out(
+    keys: DataFrame, root_uri: str, table: str, run_id: str = "", replacement: str | None = None
+) -> int:
+    """Delete the rows that agree with a row of ``keys`` in all its columns; returns how many.
+
+    With ``replacement``, the name of one column of ``keys``, rows are kept and take that text for their
+    ``user_id``. By MERGE: its log entry compares columns, where DELETE would write the values into the log.
+
+    Raises:
+        DataError: the table would keep the rows in its files (deletion vectors), or has another schema.
+        ConflictError, InfraError: as ``overwrite``.
+    """
+    spark, uri = keys.sparkSession, table_uri(root_uri, table)
+    _check_schema_version(spark, _declared(table), uri)
+    if _property(spark, uri, "delta.enableDeletionVectors") != "false":
+        raise DataError(
+            f"table {table} at {uri}: expected delta.enableDeletionVectors = false, under which a rewrite "
+            "removes rows; set it and run REORG TABLE ... APPLY (PURGE)"
+        )
+    mark = f"{run_id} {uuid.uuid4().hex[:8]}"
+    same = " AND ".join(f"kept.{name} = gone.{name}" for name in keys.columns if name != replacement)
+    merge = DeltaTable.forPath(spark, uri).alias("kept").merge(keys.alias("gone"), same)
+    if replacement is None:
+        merge, metric = merge.whenMatchedDelete(), "numTargetRowsDeleted"
+    else:
+        new_id: dict[str, str | Column] = {"user_id": F.col(f"gone.{replacement}")}
+        merge, metric = merge.whenMatchedUpdate(set=new_id), "numTargetRowsUpdated"
+    spark.conf.set(_USER_METADATA, mark)
+    try:
+        merge.execute()
+    except Exception as error:
+        changed = _rows_committed(spark, uri, mark, metric)
+        if changed is None:
+            raise write_error(error, table, "all of it") from error
+        return changed  # the commit's answer was lost: the log holds our mark
+    finally:
+        spark.conf.unset(_USER_METADATA)
+    return _rows_committed(spark, uri, mark, metric) or 0
 
 
 def exists(spark: SparkSession, root_uri: str, table: str) -> bool:
@@ -274,7 +315,12 @@ def _date_column(declared: schemas.Table) -> str:
     return declared.date_column
 
 
-def _predicate(declared: schemas.Table, dates: DateRange | None, equals: dict[str, str]) -> str:
+def predicate(declared: schemas.Table, dates: DateRange | None, equals: dict[str, str]) -> str:
+    """The SQL condition that names a range, the one place where it is written.
+
+    Raises:
+        ConfigError: a value that could end the literal, or neither dates nor values.
+    """
     parts = []
     if dates is not None:
         column = _date_column(declared)
@@ -323,15 +369,20 @@ def _check_schema_version(spark: SparkSession, declared: schemas.Table, uri: str
 
     Off the snapshot that the read has just loaded: ``detail()`` says the same after seconds of Spark jobs.
     """
-    jvm: Any = spark._jvm
-    log = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, uri)
-    found = log.unsafeVolatileSnapshot().metadata().configuration().get(_PROPERTY)
-    version = str(found.get()) if found.isDefined() else "none"
+    version = _property(spark, uri, _PROPERTY)
     if version != str(schemas.SCHEMA_VERSION):
         raise DataError(
             f"table {declared.name} at {uri} has schema version {version}, this code knows "
             f"{schemas.SCHEMA_VERSION}; use the code that wrote it, or build a new lake.root_uri"
         )
+
+
+def _property(spark: SparkSession, uri: str, name: str) -> str:
+    """A property of the snapshot that this process has loaded last; "none" where it is not set."""
+    jvm: Any = spark._jvm
+    log = jvm.org.apache.spark.sql.delta.DeltaLog.forTable(spark._jsparkSession, uri)
+    found = log.unsafeVolatileSnapshot().metadata().configuration().get(name)
+    return str(found.get()) if found.isDefined() else "none"
 
 
 def _create_if_absent(spark: SparkSession, declared: schemas.Table, uri: str) -> None:
@@ -358,10 +409,10 @@ def _create_if_absent(spark: SparkSession, declared: schemas.Table, uri: str) ->
         builder.execute()
     except Exception as error:
         if not DeltaTable.isDeltaTable(spark, uri):  # else another run has created it at the same moment
-            raise _write_error(error, declared.name, "creation") from error
+            raise write_error(error, declared.name, "creation") from error
 
 
-def _rows_committed(spark: SparkSession, uri: str, mark: str) -> int | None:
+def _rows_committed(spark: SparkSession, uri: str, mark: str, metric: str = "numOutputRows") -> int | None:
     """Rows of our own commit, which other writers' commits may have followed; None where there is none.
 
     Delta makes no commit when there is nothing to remove and nothing to add: then no row was written.
@@ -372,13 +423,14 @@ def _rows_committed(spark: SparkSession, uri: str, mark: str) -> int | None:
         )
     except (Py4JJavaError, PySparkException) as error:
         raise InfraError(
-            f"table at {uri}: cannot tell whether the write was committed ({_first_line(error)}); run again"
+            f"table at {uri}: cannot tell whether the write was committed ({first_line(error)}); run again"
         ) from error
     ours = [row["operationMetrics"] for row in history if row["userMetadata"] == mark]
-    return int(ours[0].get("numOutputRows", 0)) if ours else None
+    return int(ours[0].get(metric, 0)) if ours else None
 
 
-def _write_error(error: Exception, table: str, where: object) -> Exception:
+def write_error(error: Exception, table: str, where: object) -> Exception:
+    """What failed in a write, as our error; anything that is a bug comes back as it is."""
     text = str(error)
     # Every class of that module is a lost race, and none is a subclass of another.
     if type(error).__module__ == "delta.exceptions" or "ConcurrentModificationException" in text:
@@ -396,13 +448,14 @@ def _write_error(error: Exception, table: str, where: object) -> Exception:
         )
     if isinstance(error, Py4JJavaError | AnalysisException) or type(error).__module__.startswith("pyspark"):
         return InfraError(
-            f"table {table}, range {where}: write failed ({_first_line(error)}); "
+            f"table {table}, range {where}: write failed ({first_line(error)}); "
             "the previous version is intact, run again"
         )
     return error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error of Spark, without the trace of its JVM."""
     cause = getattr(error, "java_exception", None)
     text = str(cause.getMessage()) if cause is not None else str(error)
     return text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
+from functools import reduce
 from typing import Any
 
 import pyarrow as pa
@@ -175,13 +176,15 @@ def parse_file(
     A record that is no JSON object (or a CSV row with another number of cells than the header), or has a
     field of another type, is kept with that field null and ``_corrupt`` true; an unreadable time is null and
     not corrupt; times without an offset are UTC. A byte order mark is skipped. Of a repeated JSON key the
-    last value counts. A record that names an erased user or visitor keeps its position alone.
+    last value counts. A blank line, and a Parquet row without any value, is no record and keeps its position.
+    A record of an erased user, or of an erased visitor while nobody is logged in, keeps its position alone.
     """
     declared = contracts.FEEDS[feed].columns
     content = content if file.kind == "parquet" else content.removeprefix(codecs.BOM_UTF8)
     numbers: list[int] | None = None
     if file.kind == "parquet":
-        table, corrupt = _from_parquet(_parquet_table(file, content), declared, mapping)
+        delivered, numbers = _without_blank_rows(_parquet_table(file, content))
+        table, corrupt = _from_parquet(delivered, declared, mapping)
     else:
         quick = _well_formed(content, declared, mapping) if file.kind in ("jsonl", "json") else None
         if quick is None:
@@ -330,6 +333,8 @@ def _csv_records(content: bytes) -> Iterator[Any]:
         elif row:
             is_whole = len(row) == len(header) == len(set(header))
             yield {name: cell or None for name, cell in zip(header, row, strict=True)} if is_whole else None
+        else:
+            yield _BLANK
 
 
 def _parquet_table(file: RawFile, content: bytes) -> pa.Table:
@@ -341,6 +346,15 @@ def _parquet_table(file: RawFile, content: bytes) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         cause = str(error).splitlines()[0]
         raise DataError(f"{file.uri}: not readable as Parquet ({cause}); deliver the file again") from error
+
+
+def _without_blank_rows(table: pa.Table) -> tuple[pa.Table, list[int] | None]:
+    """The rows with a value in any column, and their positions; None if that is all of them."""
+    if not table.num_columns or any(column.null_count == 0 for column in table.columns):
+        return table, None
+    is_blank = reduce(pc.and_, [pc.is_null(column) for column in table.columns])
+    is_record = pc.invert(is_blank)
+    return table.filter(is_record), pc.indices_nonzero(is_record).to_pylist()
 
 
 def _from_parquet(
