@@ -136,23 +136,23 @@ def _erase_raw(
     from couponflow.lake import erasure
     from couponflow.sequences import erasing as raw
 
-    root, texts = job.root_uri, person.needles
+    root, texts, reader = job.root_uri, person.needles, raw.Reader(person.key)
     files = raw.raw_files(root)
     raw.check_names(files, texts)
     known = set(visitors)
     listed = _with_visitors(root, listed, known, dry_run)
-    found = raw.scan(spark, files, listed, person.user_id, texts, person.key)
+    found = raw.scan(spark, files, listed, person.user_id, texts, reader)
     own = set(erasure.without_other_owner(spark, root, set(found.visitors - known), person.user_id))
     if own:  # delivered and not cleaned yet: no link is in the tables
         listed = _with_visitors(root, listed, known | own, dry_run)
-        found = raw.scan(spark, files, listed, person.user_id, texts, person.key)
+        found = raw.scan(spark, files, listed, person.user_id, texts, reader)
     log.info("raw: %d of %d files hold the person", len(found.affected), len(files))
     counts = found.rows
     if not dry_run:
         refused = erasure.take_out_refused(spark, root, found.refused_positions, job.run_id)
         counts |= {"quarantine": refused} if refused else {}
         erased.note_rewritten(root, raw.digests(found.affected))
-        raw.rewrite_all(found.affected, listed, person.user_id, texts, person.key)
+        raw.rewrite_all(found.affected, listed, person.user_id, texts, reader)
     return listed, counts
 
 

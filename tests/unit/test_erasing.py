@@ -27,6 +27,7 @@ from couponflow.training import feed, manifests
 PERSON = "person-7"
 FOUND = Needles((PERSON,))
 LISTED = erased.Erased("").with_ids([PERSON, "visitor:v1"])
+READER = erasing.Reader(None)
 HEAD = [column.name for column in contracts.FEEDS["orders"].columns]
 
 
@@ -108,16 +109,16 @@ def test_rewriting_a_file_takes_the_person_and_checks_the_rest(tmp_path: Path, k
     path.write_bytes(render(rows, kind))
     file = RawFile(D0, str(path), path.name)
     before = read(path.read_bytes(), kind)
-    erasing.rewrite(erasing.Affected("orders", file, (1,), True), LISTED, PERSON, FOUND, None)
+    erasing.rewrite(erasing.Affected("orders", file, (1,), True), LISTED, PERSON, FOUND, READER)
     expected = [before[0], (*before[2][:3], "friend of erased")]
     assert read(path.read_bytes(), kind) == expected
     stat = path.stat().st_mtime_ns
     if kind != "parquet":  # nothing is left to do: the file is not touched
-        erasing.rewrite(erasing.Affected("orders", file, (), False), LISTED, PERSON, FOUND, None)
+        erasing.rewrite(erasing.Affected("orders", file, (), False), LISTED, PERSON, FOUND, READER)
         assert path.stat().st_mtime_ns == stat
     path.write_bytes(render(rows, kind))
     with pytest.raises(DataError, match="would not read as before"):  # a position that misses the person
-        erasing.rewrite(erasing.Affected("orders", file, (0,), True), LISTED, PERSON, FOUND, None)
+        erasing.rewrite(erasing.Affected("orders", file, (0,), True), LISTED, PERSON, FOUND, READER)
     assert read(path.read_bytes(), kind) == before
 
 

@@ -33,6 +33,17 @@ _SCAN = "number bigint, positions array<bigint>, has_text boolean, visitors arra
 
 
 @dataclass(frozen=True)
+class Reader:
+    """How deliveries are read: as the jobs read them."""
+
+    key: PseudonymKey | None
+
+    def parse(self, feed: str, file: RawFile, content: bytes) -> pa.Table:
+        """All records of one file; erased people's too."""
+        return records.parse_file(file, content, feed, self.key)
+
+
+@dataclass(frozen=True)
 class Affected:
     """One raw file that holds something of a person."""
 
@@ -97,7 +108,7 @@ def scan(
     erased: Erased,
     person: str,
     needles: Needles,
-    key: PseudonymKey | None,
+    reader: Reader,
 ) -> Scan:
     """Find the records of erased people, and texts that name the one asked for, in all raw files.
 
@@ -106,7 +117,7 @@ def scan(
     if not files:
         return Scan((), frozenset())
     tasks = min(len(files), _TASKS_PER_CORE * spark.sparkContext.defaultParallelism)
-    look = _scanner(files, erased, person, needles, key)
+    look = _scanner(files, erased, person, needles, reader)
     rows = spark.range(0, len(files), 1, tasks).mapInArrow(look, _SCAN).orderBy("number").collect()
     affected = [
         Affected(feed, file, tuple(row["positions"]), bool(row["has_text"]))
@@ -122,7 +133,7 @@ def _scanner(
     erased: Erased,
     person: str,
     needles: Needles,
-    key: PseudonymKey | None,
+    reader: Reader,
 ) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def look(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
@@ -132,7 +143,7 @@ def _scanner(
                 positions: list[int] = []
                 visitors: list[str] = []
                 if "user_id" in _names(feed):
-                    table = records.parse_file(file, content, feed, key)
+                    table = reader.parse(feed, file, content)
                     positions, visitors = _hits(table, erased, person)
                 has_text = _holds_text(file, content, needles)
                 if positions or visitors or has_text:
@@ -175,7 +186,7 @@ def _holds_text(file: RawFile, content: bytes, needles: Needles) -> bool:
     return any(_texts_with(column, needles) for column in _read_parquet(file, content).columns)
 
 
-def rewrite(found: Affected, erased: Erased, person: str, needles: Needles, key: PseudonymKey | None) -> None:
+def rewrite(found: Affected, erased: Erased, person: str, needles: Needles, reader: Reader) -> None:
     """Write one raw file without the person's records; everything else in it must read as before.
 
     Raises:
@@ -185,8 +196,8 @@ def rewrite(found: Affected, erased: Erased, person: str, needles: Needles, key:
     content = storage.read_bytes(found.file.uri)
     cleaned = blanked(found.file, content, found.positions, needles)
     if "user_id" in _names(found.feed):
-        before = records.parse_file(found.file, content, found.feed, key)
-        after = records.parse_file(found.file, cleaned, found.feed, key)
+        before = reader.parse(found.feed, found.file, content)
+        after = reader.parse(found.feed, found.file, cleaned)
         gone = pc.is_in(before.column("row_number"), pa.array(found.positions, pa.int64()))
         kept = before.filter(pc.invert(gone)).select(["row_number", "user_id"])
         if not kept.equals(after.select(["row_number", "user_id"])) or _hits(after, erased, person)[0]:
@@ -199,11 +210,11 @@ def rewrite(found: Affected, erased: Erased, person: str, needles: Needles, key:
 
 
 def rewrite_all(
-    affected: Iterable[Affected], erased: Erased, person: str, needles: Needles, key: PseudonymKey | None
+    affected: Iterable[Affected], erased: Erased, person: str, needles: Needles, reader: Reader
 ) -> None:
     """``rewrite`` each file, some at once."""
     with ThreadPoolExecutor(_NUM_WRITERS) as pool:
-        for _ in pool.map(lambda found: rewrite(found, erased, person, needles, key), affected):
+        for _ in pool.map(lambda found: rewrite(found, erased, person, needles, reader), affected):
             pass
 
 
