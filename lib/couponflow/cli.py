@@ -2,22 +2,19 @@
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from couponflow import console, pipeline
+from couponflow import console, pipeline, upkeep
+from couponflow.commands import DEFAULT_CONFIG, DryRun, LazySpark, errors_as_exit_codes
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange, parse_day
-from couponflow.entry import Campaign, ConfigPath, Dates, Model, Overrides, record_run, set_up_logging, today
-from couponflow.errors import ConfigError, CouponflowError
+from couponflow.entry import Campaign, ConfigPath, Dates, Model, Overrides, record_run
+from couponflow.errors import ConfigError
 from couponflow.lake import contracts, leases, runs, storage
-
-DEFAULT_CONFIG = Path("deploy/env/local.toml")
 
 app = typer.Typer(
     help="Decide who gets a coupon mail: from raw browsing logs to an exported audience.",
@@ -33,17 +30,6 @@ app.add_typer(campaign_app, name="campaign")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; kept on record.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")]
-
-
-@contextmanager
-def _errors_as_exit_codes() -> Iterator[None]:
-    set_up_logging()
-    try:
-        yield
-    except CouponflowError as error:
-        typer.echo(f"couponflow: {error}", err=True)
-        raise typer.Exit(error.exit_code) from error
 
 
 def _load(config: Path, overrides: list[str] | None) -> Config:
@@ -56,13 +42,13 @@ def run(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, dry_ru
 
     Example: couponflow run --config deploy/env/local.toml
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         settings = _load(config, overrides)
         stages = pipeline.plan(settings)
         if dry_run:
             console.show_plan(stages)
             return
-        session = _LazySpark(settings)
+        session = LazySpark(settings)
         with console.RunDisplay(session.peek) as progress:
             outcomes = pipeline.execute(settings, stages, session, progress)
         _show_run(settings, outcomes, session())
@@ -78,7 +64,7 @@ def land(
 
     Example: couponflow land synthetic --config deploy/env/demo.toml
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         settings = _load(config, [*(overrides or []), f"source.name={source}"])
         data = DateRange(settings.run.first_date, settings.run.last_date + timedelta(days=1))
         with (
@@ -102,7 +88,7 @@ def one_job(
 
     Example: couponflow job sessionize --dates 2017-10-01:2017-10-31
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         _run_job(name, _load(config, overrides), dates, campaign, model)
 
 
@@ -139,7 +125,7 @@ def backfill(
 
     Example: couponflow backfill all --from-date 2017-10-01 --to-date 2017-10-07 --dry-run
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         from couponflow import backfill as backfilling
         from couponflow import backfill_plan
 
@@ -151,7 +137,7 @@ def backfill(
         planned.check()
         if dry_run:
             return
-        session = _LazySpark(settings)
+        session = LazySpark(settings)
         with console.RunDisplay(session.peek, "days") as progress:
             outcomes = backfilling.execute(settings, planned, order, session, progress)
         typer.echo(f"{sum(len(o.stage.dates) for o in outcomes)} days of stages in {len(outcomes)} runs")
@@ -173,13 +159,13 @@ def status(
 
     Example: couponflow status --job train
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         known = ("land", *pipeline.UPKEEP, *pipeline.JOBS)
         if job and job not in known:
             raise ConfigError(f"unknown job {job!r}; one of {', '.join(sorted(known))}")
         settings = _load(config, overrides)
         if content:
-            _show_content(settings, _LazySpark(settings)(), as_json)
+            _show_content(settings, LazySpark(settings)(), as_json)
             return
         records = runs.load_all(settings.lake.root_uri, job or None)
         since = runs.reproducible_since(settings.lake.root_uri)
@@ -207,66 +193,8 @@ def status(
         _show_leases(settings.lake.root_uri)
 
 
-@app.command()
-def erase(
-    user: Annotated[str, typer.Option("--user", help="Raw user id, as delivered; - reads it from stdin.")],
-    config: ConfigPath = DEFAULT_CONFIG,
-    overrides: Overrides = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Only search every file for the id.")] = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Erase one person from raw files, tables, ledger and lists, and keep them out.
-
-    Old table versions hold the rows until `couponflow maintain` has removed them after the retention; then
-    --verify reads every byte and ends with 3 if the id is found.
-
-    Example: couponflow erase --user customer-4711 --dry-run
-    """
-    with _errors_as_exit_codes():
-        from couponflow import erasing
-
-        settings = _load(config, overrides)
-        raw_id = sys.stdin.readline().strip() if user == "-" else user
-        person = erasing.find_person(settings, raw_id)
-        if person.needles.is_plain:
-            typer.echo(
-                "the id is too plain to be searched as text; user columns are searched for it", err=True
-            )
-        if verify:
-            erasing.verify(settings, person)
-            typer.echo("no file of lake and export target holds this person")
-            return
-        if not (yes or dry_run or typer.confirm("Erase this person for good?")):
-            raise ConfigError("nothing was erased; give --yes where nobody can answer")
-        session = _LazySpark(settings)
-        with record_run("erase_user", settings, today()) as job:
-            pipeline.load_job("erase_user").run(session(), job, raw_id, dry_run)
-        _show_counts("Would be erased" if dry_run else "Erased", job.rows)
-        if not job.rows:
-            typer.echo("nobody of this id is in the lake; new deliveries of it will be dropped")
-
-
-@app.command()
-def maintain(
-    config: ConfigPath = DEFAULT_CONFIG,
-    overrides: Overrides = None,
-    vacuum: Annotated[bool, typer.Option("--vacuum", help="Only remove files of old versions.")] = False,
-    optimize: Annotated[bool, typer.Option("--optimize", help="Only join small files.")] = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Join small files, remove files of table versions older than the retention, keep erased people out.
-
-    Example: couponflow maintain --dry-run
-    """
-    with _errors_as_exit_codes():
-        settings = _load(config, overrides)
-        session = _LazySpark(settings)
-        with record_run("maintain", settings, today()) as job:
-            pipeline.load_job("maintain").run(
-                session(), job, vacuum or not optimize, optimize or not vacuum, dry_run
-            )
-        _show_counts("Would be done" if dry_run else "Done", job.rows)
+app.command()(upkeep.erase)
+app.command()(upkeep.maintain)
 
 
 @app.command()
@@ -295,7 +223,7 @@ def check(
 
     Example: couponflow check --leaks --as-of 2017-10-30 --sample 200
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         if not contract and not leaks:
             raise ConfigError("nothing to check; give --contract or --leaks")
         if contract:
@@ -341,7 +269,7 @@ def _example(value: Any) -> str:
 def _check_leaks(settings: Config, day: date, sample: int, campaign: str, seed: int) -> None:
     from couponflow.sequences import leaks
 
-    found = leaks.audit(_LazySpark(settings)(), settings, day, sample, campaign, seed)
+    found = leaks.audit(LazySpark(settings)(), settings, day, sample, campaign, seed)
     console.show_rows(
         f"Leak audit at the start of {day}",
         ["features", "verdict", "users", "changed by later facts", "by earlier facts", "first user"],
@@ -358,7 +286,7 @@ def list_models(
 
     Example: couponflow models list
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         from couponflow.training import registry
 
         root_uri = _load(config, overrides).lake.root_uri
@@ -378,7 +306,7 @@ def show_model(name: str, config: ConfigPath = DEFAULT_CONFIG, overrides: Overri
 
     Example: couponflow models show champion
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         from couponflow.training import registry
 
         root_uri = _load(config, overrides).lake.root_uri
@@ -397,7 +325,7 @@ def promote(
 
     Example: couponflow models promote blend --reason "gate of 2017-12-31"
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         from couponflow.training import registry
 
         root_uri = _load(config, overrides).lake.root_uri
@@ -411,7 +339,7 @@ def rollback(reason: Reason, config: ConfigPath = DEFAULT_CONFIG, overrides: Ove
 
     Example: couponflow models rollback --reason "calibration drifted"
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         from couponflow.training import registry
 
         root_uri = _load(config, overrides).lake.root_uri
@@ -430,7 +358,7 @@ def approve(
 
     Example: couponflow campaign approve --campaign 18 --version 2017-10-30-dien-0123456789ab --by kim
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         from couponflow.campaign import export
 
         export.approve(_load(config, overrides).lake.root_uri, campaign, version, by)
@@ -450,7 +378,7 @@ def recall(
 
     Example: couponflow campaign recall --campaign 18 --version V --by kim --reason "wrong coupon"
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         from couponflow.campaign import export
 
         export.recall(_load(config, overrides).lake.root_uri, campaign, version, by, reason)
@@ -463,29 +391,10 @@ def report(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None) -> 
 
     Example: couponflow campaign report --config deploy/env/local.toml
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         settings = _load(config, overrides)
         outcomes = pipeline.recorded(settings, pipeline.plan(settings))
-        typer.echo(_write_report(settings, outcomes, _LazySpark(settings)()))
-
-
-class _LazySpark:
-    """The one Spark session of the process, started when a stage first asks for it."""
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._session: Any = None
-
-    def __call__(self) -> Any:
-        if self._session is None:
-            from couponflow.lake import tables
-
-            self._session = tables.spark_session(self._config.spark, "couponflow")
-        return self._session
-
-    def peek(self) -> Any:
-        """The session, or None while nobody has asked for it."""
-        return self._session
+        typer.echo(_write_report(settings, outcomes, LazySpark(settings)()))
 
 
 def _show_run(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) -> None:
@@ -527,10 +436,6 @@ def _show_content(settings: Config, spark: Any, as_json: bool = False) -> None:
         console.show_rows("Table contents", names, found)
 
 
-def _show_counts(title: str, counts: dict[str, int]) -> None:
-    console.show_rows(title, ["where", "count"], [[name, number] for name, number in counts.items()])
-
-
 def _write_report(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) -> str:
     from couponflow.campaign import overview
 
@@ -545,7 +450,7 @@ def _by_stage(outcomes: list[pipeline.Outcome]) -> dict[str, runs.RunRecord]:
 def _run_job(name: str, settings: Config, dates: DateRange, campaign: str, model: str) -> None:
     pipeline.check_arguments(name, campaign, model)
     job = pipeline.load_job(name)
-    session = _LazySpark(settings)
+    session = LazySpark(settings)
     with record_run(name, settings, dates, campaign, model) as record:
         if name in pipeline.WITHOUT_SPARK:
             job.run(record)

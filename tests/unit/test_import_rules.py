@@ -33,8 +33,10 @@ LAYERS = {
     "maintenance": 10,
     "backfill_plan": 10,
     "backfill": 11,
+    "commands": 12,
     "console": 12,
-    "cli": 13,
+    "upkeep": 13,
+    "cli": 14,
 }
 
 #: Heavy packages that a module or folder may import at module level; anything else is refused there.
@@ -47,6 +49,8 @@ AT_TOP = {
     "entry": {"typer"},
     "cli": {"typer", "rich", "pydantic"},
     "console": {"rich"},
+    "commands": {"typer"},
+    "upkeep": {"typer"},
     "lake.tables": {"pyspark", "delta", "py4j"},
     "lake.erasure": {"pyspark", "py4j"},
     "lake.upkeep": {"pyspark"},

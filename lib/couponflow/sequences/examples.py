@@ -106,8 +106,8 @@ def prepare_events(raw: DataFrame, terms: DataFrame, time_zone: str) -> DataFram
     """Encode events, add ``known_date`` and partition by user, once for all that follows. Not cached.
 
     An event is known from the start of its ingest date at the earliest: the sender's ``ingest_time`` may be
-    of an earlier day, at whose end nobody could have read it yet. ``seen_date`` is when anybody's: a visitor's
-    event that finds its user later was part of the popularity of its item all along.
+    of an earlier day, at whose end nobody could have read it yet. ``seen_date`` is when anybody's was: what a
+    visitor did before his user was found was part of the popularity of its item all along.
     """
     delivered = F.greatest("ingest_time", as_of_time("ingest_date", time_zone))
     encoded = vocabulary.encode(raw.withColumn("ingest_time", delivered), terms)
