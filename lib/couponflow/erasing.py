@@ -136,7 +136,7 @@ def _erase_raw(
     from couponflow.lake import erasure
     from couponflow.sequences import erasing as raw
 
-    root, texts, reader = job.root_uri, person.needles, raw.Reader(person.key)
+    root, texts, reader = job.root_uri, person.needles, raw.Reader(person.key, job.config.feeds)
     files = raw.raw_files(root)
     raw.check_names(files, texts)
     known = set(visitors)
@@ -157,9 +157,9 @@ def _erase_raw(
 
 
 def _with_visitors(root_uri: str, listed: Erased, visitors: set[str], dry_run: bool) -> Erased:
-    from couponflow.sequences import erasing as raw
+    from couponflow.sequences import records
 
-    new = sorted(raw.VISITOR + visitor for visitor in visitors)
+    new = sorted(records.VISITOR + visitor for visitor in visitors)
     if not new:
         return listed
     return listed.with_ids(new) if dry_run else erased.add(root_uri, new)

@@ -345,13 +345,14 @@ def test_of_an_erased_person_the_position_is_left(tmp_path: Path, key: Any, extr
     ids = [records.pseudonym(name, key) for name in ("gone", "cookie", "visitor")]
     listed = erased.add(str(tmp_path), [ids[0], ids[1], f"visitor:{ids[2]}"])
     named = [("u1", None), ("gone", None), ("u1", "cookie"), (None, "visitor"), ("gone", "x"), (None, None)]
+    named.append(("u1", "visitor"))  # a member on the device of somebody who was erased
     rows = [contracts.FEEDS["events"].example | {"user_id": u, "visitor_id": v} for u, v in named]
     file = records.RawFile(DAY, "a.jsonl", "a.jsonl")
     content = lines(*rows, *extra)
     table = records.parse_file(file, content, "events", key, erased=listed)
-    found = table.to_pylist()[:6]
-    assert [row["_erased"] for row in found] == [False, True, True, True, True, False]
-    assert [row["row_number"] for row in found] == list(range(6))
+    found = table.to_pylist()[:7]
+    assert [row["_erased"] for row in found] == [False, True, True, True, True, False, False]
+    assert [row["row_number"] for row in found] == list(range(7))
     names = [column.name for column in contracts.FEEDS["events"].columns]
     assert all(row[name] is None for row in found if row["_erased"] for name in names)
     assert found[0] == records.parse_file(file, content, "events", key).to_pylist()[0]

@@ -10,7 +10,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
@@ -23,10 +23,10 @@ from couponflow.errors import ConfigError, DataError
 from couponflow.lake import contracts, storage
 from couponflow.lake.erased import Erased
 from couponflow.lake.needles import Needles
+from couponflow.mappings import FeedsConfig
 from couponflow.sequences import records
-from couponflow.sequences.records import PseudonymKey, RawFile
+from couponflow.sequences.records import VISITOR, PseudonymKey, RawFile
 
-VISITOR = "visitor:"
 _TASKS_PER_CORE = 4
 _NUM_WRITERS = 8
 _SCAN = "number bigint, positions array<bigint>, has_text boolean, visitors array<string>"
@@ -37,10 +37,11 @@ class Reader:
     """How deliveries are read: as the jobs read them."""
 
     key: PseudonymKey | None
+    feeds: FeedsConfig = field(default_factory=FeedsConfig)
 
     def parse(self, feed: str, file: RawFile, content: bytes) -> pa.Table:
         """All records of one file; erased people's too."""
-        return records.parse_file(file, content, feed, self.key)
+        return records.parse_file(file, content, feed, self.key, self.feeds.of(feed))
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def blanked(file: RawFile, content: bytes, positions: Iterable[int], needles: Ne
         return _blanked_parquet(file, content, set(positions), needles)
     if file.kind == "csv":
         return needles.redacted(_blanked_csv(content, positions))
-    if file.kind not in records.KINDS:
+    if file.kind not in contracts.KINDS:
         raise ConfigError(f"{file.uri}: unknown kind of file; remove it from the delivery")
     lines = content.split(b"\n")
     for position in positions:

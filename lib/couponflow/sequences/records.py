@@ -215,21 +215,26 @@ def _erased_rows(arrays: dict[str, Any], erased: Erased) -> pa.Array | None:
     """Which rows name an erased person; None where there is none. Each distinct id is looked up once."""
     if not erased.hashes:
         return None
-    found = None
-    for name in PERSONAL:
-        if name not in arrays:
-            continue
-        column = arrays[name]
-        values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        coded = values.dictionary_encode()
-        is_listed = [_is_erased(name, value, erased) for value in coded.dictionary.to_pylist()]
-        rows = pc.fill_null(pc.take(pa.array(is_listed, pa.bool_()), coded.indices), False)
-        found = rows if found is None else pc.or_(found, rows)
-    return found if found is not None and pc.any(found).as_py() else None
+    if "user_id" not in arrays:
+        return None
+    rows = _listed(arrays["user_id"], erased)
+    if "visitor_id" in arrays:
+        # A member on the device of somebody who was erased is another person.
+        user, visitor = _flat(arrays["user_id"]), _listed(arrays["visitor_id"], erased, VISITOR)
+        is_anonymous = pc.or_kleene(pc.is_null(user), pc.equal(user, ""))
+        rows = pc.or_(rows, pc.and_(visitor, is_anonymous))
+        rows = pc.or_(rows, _listed(arrays["visitor_id"], erased))
+    return rows if pc.any(rows).as_py() else None
 
 
-def _is_erased(column: str, value: str, erased: Erased) -> bool:
-    return erased.contains(value) or (column == "visitor_id" and erased.contains(VISITOR + value))
+def _flat(column: Any) -> Any:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _listed(ids: Any, erased: Erased, prefix: str = "") -> pa.Array:
+    coded = _flat(ids).dictionary_encode()
+    known = [value is not None and erased.contains(prefix + value) for value in coded.dictionary.to_pylist()]
+    return pc.fill_null(pc.take(pa.array(known, pa.bool_()), coded.indices), False)
 
 
 def _wire_type(kind: pa.DataType, time_unit: str) -> pa.DataType:
