@@ -60,9 +60,9 @@ def land(
     config: ConfigPath = DEFAULT_CONFIG,
     overrides: Overrides = None,
 ) -> None:
-    """Land a source's raw feeds under the lake's root.
+    """Land a source's raw feeds under the lake's root. The dials of the synthetic shop are in [world].
 
-    Example: couponflow land synthetic --config deploy/env/demo.toml
+    Example: couponflow land synthetic --config deploy/env/demo.toml --set world.bot_share=0.02
     """
     with errors_as_exit_codes():
         settings = _load(config, [*(overrides or []), f"source.name={source}"])
@@ -71,6 +71,7 @@ def land(
             console.RunDisplay(lambda: None) as progress,
             record_run("land", settings, data) as job,
         ):
+            progress.start(0, 1, pipeline.Stage("land", data, (), uses_spark=False))
             job.rows.update(pipeline.land(settings, progress.step))
         console.show_rows("Landed", ["feed", "rows"], [[name, n] for name, n in job.rows.items()])
 

@@ -4,6 +4,7 @@ import csv
 import importlib
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from couponflow import pipeline
 from couponflow.campaign import overview, report
 from couponflow.config import Config, load_config
 from couponflow.lake import runs, schemas, storage, tables
+from couponflow.sources.synthetic_dirt import REASONS
 
 CONFIG = """
 [lake]
@@ -22,8 +24,12 @@ time_zone = "America/New_York"
 [source]
 name = "synthetic"
 num_users = 300
+[world]
+rate = 0.6
+recency = 1.0
 [events]
 pseudonymise = false
+staff_user_ids = ["u000031"]
 [conversions]
 source = "redemptions"
 window = "campaign"
@@ -111,14 +117,13 @@ def test_rows_are_conserved_at_every_door(world: World) -> None:
 
 def test_dirt_is_counted_exactly(world: World) -> None:
     """Refused and duplicate rows equal what the source says it spoiled."""
-    lines = (Path(world.root) / "truth" / "dirt.jsonl").read_text().splitlines()
-    truth: dict[str, int] = {}
+    lines = (Path(world.root) / "truth" / "dirt" / "part-0000.jsonl").read_text().splitlines()
+    truth: Counter[str] = Counter()
     for line in map(json.loads, lines):
-        truth[line["kind"]] = truth.get(line["kind"], 0) + line["rows"]
+        truth[line["kind"]] += line["rows"]
     rows = world.records()["clean_events"].rows
-    refused = sum(n for kind, n in truth.items() if kind.startswith(("malformed", "skew", "late_beyond")))
-    assert rows["quarantine"] == refused
-    assert rows["duplicates"] == truth["duplicate"] + truth["retry_same_day"]
+    assert rows["quarantine"] == sum(truth[kind] for kind in REASONS)
+    assert rows["duplicates"] == truth["duplicate"] + truth["double_load"] + truth["retry_same_day"]
 
 
 def test_every_user_has_one_prediction(world: World) -> None:

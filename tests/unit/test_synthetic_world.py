@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from builders import test_config
 
+from couponflow.config import load_config
 from couponflow.errors import ConfigError
 from couponflow.sources import synthetic
 from couponflow.sources.synthetic import Shard, draw_shard
-from couponflow.sources.synthetic_rows import CODES, PURCHASE, VIEW, Rows, take
+from couponflow.sources.synthetic_rows import CODES, PURCHASE, VIEW, Rows, concat, take
 from couponflow.sources.synthetic_truth import SEGMENTS
 from couponflow.sources.synthetic_users import CHEAP_TIER_EFFECT, SEGMENT_EFFECTS, draw_users
 from couponflow.sources.synthetic_world import ITEMS_PER_CATEGORY, World, draw_world
 
+ROOT = Path(__file__).parents[2]
 FIRST = date(2024, 1, 1)
 CANDIDATES = (
     "world.campaigns='candidates'",
@@ -127,6 +129,24 @@ def test_a_dial_adds_what_it_says(dial: str, second_order: str) -> None:
     indicator = np.array(_indicator(dial, world, off))
     np.testing.assert_allclose(_logit(on) - _logit(off), 0.7 * indicator, atol=1e-9)
     assert len(np.unique(indicator)) > 1
+
+
+def _auc(score: np.ndarray, label: np.ndarray) -> float:
+    rank = score.argsort().argsort() + 1.0
+    hits = label.sum()
+    return float((rank[label].sum() - hits * (hits + 1) / 2) / (hits * (len(label) - hits)))
+
+
+@pytest.mark.parametrize(("name", "auc", "rate"), [("quality", 0.80, 0.145), ("order", 0.80, 0.14)])
+def test_the_worlds_of_the_quality_suites_are_as_hard_as_measured(name: str, auc: float, rate: float) -> None:
+    world = draw_world(load_config(ROOT / "deploy" / "env" / f"{name}.toml"))
+    outcomes = concat([draw_shard(world, shard).outcomes for shard in range(3)])
+    assert outcomes["is_treated"].all()
+    assert outcomes["is_converted"].mean() == pytest.approx(rate, abs=0.015)
+    assert _auc(outcomes["p1"], outcomes["is_converted"]) == pytest.approx(auc, abs=0.02)
+    if name == "order":
+        rows = take(outcomes, outcomes["is_order_only"])
+        assert _auc(rows["p1"], rows["is_converted"]) == pytest.approx(0.84, abs=0.02)
 
 
 def test_interests_move_along_the_secret_successors() -> None:
