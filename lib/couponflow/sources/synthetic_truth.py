@@ -164,7 +164,10 @@ class Door:
 
 
 def read_door(world: World, shards: Sequence[Users], lines: Rows) -> Door:
-    """Apply the cleaning rules to the lines of a group by what is known, not by what they look like."""
+    """Apply the cleaning rules to the lines of a group by what is known, not by what they look like.
+
+    Only what is delivered on the day itself gives a machine away, so that no later delivery changes a history.
+    """
     kept = take(lines, IS_VALID[lines["kind"]])
     ids = np.column_stack([kept["owner"] // SHARD_USERS, kept["number"], kept["day"]])
     kept = take(kept, np.lexsort(ids.T[::-1]))
@@ -179,6 +182,8 @@ def read_door(world: World, shards: Sequence[Users], lines: Rows) -> Door:
     day = world.day_of(kept["time"])
     user_day = kept["owner"] * (len(world.days) + 2) + day
     is_scanned = np.isin(user_day, user_day[kept["kind"] == SCANNER])
+    # A machine of which nothing was delivered on the day itself (a missing day, then retries) stays unseen.
+    is_machine &= np.isin(user_day, user_day[kept["day"] <= day])
     names = zip(kept["owner"].tolist(), kept["visitor"].tolist(), kept["is_known"].tolist(), strict=True)
     who = [feeds.user_id(owner) if known else VISITOR + feeds.visitor_id(v) for owner, v, known in names]
     reasons: dict[tuple[str, int], str] = {}

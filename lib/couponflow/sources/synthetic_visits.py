@@ -176,7 +176,7 @@ def draw_machines(world: World, users: Users) -> Rows:
 def draw_edges(world: World, users: Users) -> Rows:
     """Sessions where a day is cut: over a change of the clock, over one midnight, and over three.
 
-    One user of every shard has them. The long one views something every 25 minutes from 23:40 until half
+    One user of every shard has them, in a dirty world. The long one views something every 25 minutes from 23:40 until half
     past midnight two days later; the rule of three days cuts it once.
     """
     marathon = 2 * DAY_SECONDS // 1_500
@@ -186,7 +186,8 @@ def draw_edges(world: World, users: Users) -> Rows:
     instants += [world.midnights[min(5, last)] + np.array([-600, -1, 0, 1, 600])]
     instants += [world.midnights[min(8, last)] - 1_200 + 1_500 * np.arange(marathon)]
     when = np.concatenate(instants)
-    chosen = np.flatnonzero(every(users.owner, 1.0 / SHARD_USERS, 19) & users.is_person)
+    share = 1.0 / SHARD_USERS if world.dials.is_dirty else 0.0
+    chosen = np.flatnonzero(every(users.owner, share, 19) & users.is_person)
     owner = np.repeat(users.owner[chosen], len(when))
     when = np.tile(when, len(chosen))
     item = np.arange(len(when)) % ITEMS_PER_CATEGORY
