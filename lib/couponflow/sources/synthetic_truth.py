@@ -166,7 +166,7 @@ class Door:
 def read_door(world: World, shards: Sequence[Users], lines: Rows) -> Door:
     """Apply the cleaning rules to the lines of a group by what is known, not by what they look like.
 
-    Only what is delivered on the day itself gives a machine away, so that no later delivery changes a history.
+    Only what is delivered on the day itself gives a machine away: no later delivery changes a history.
     """
     kept = take(lines, IS_VALID[lines["kind"]])
     ids = np.column_stack([kept["owner"] // SHARD_USERS, kept["number"], kept["day"]])

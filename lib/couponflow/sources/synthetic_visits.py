@@ -176,8 +176,8 @@ def draw_machines(world: World, users: Users) -> Rows:
 def draw_edges(world: World, users: Users) -> Rows:
     """Sessions where a day is cut: over a change of the clock, over one midnight, and over three.
 
-    One user of every shard has them, in a dirty world. The long one views something every 25 minutes from 23:40 until half
-    past midnight two days later; the rule of three days cuts it once.
+    One user of every shard has them, in a dirty world. The long one views something every 25 minutes from
+    23:40 until half past midnight two days later; the rule of three days cuts it once.
     """
     marathon = 2 * DAY_SECONDS // 1_500
     around = np.array([-900, -60, 0, 60, 900])
