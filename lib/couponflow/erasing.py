@@ -180,7 +180,7 @@ def _erase_tables(spark: Any, job: Run, listed: Erased) -> dict[str, int]:
 def _renew_manifest(spark: Any, job: Run) -> None:
     """Training goes on with the rows that are left, if an erasure was all that changed them."""
     from couponflow.lake import erasure, tables
-    from couponflow.sequences import examples
+    from couponflow.sequences import datasets
     from couponflow.training import manifests
 
     before = manifests.current(job.root_uri)
@@ -189,6 +189,6 @@ def _renew_manifest(spark: Any, job: Run) -> None:
     if not erasure.is_merged_only(spark, job.root_uri, "training_examples", before.table_version):
         log.warning("training_examples has changed since its manifest: run build_examples before you train")
         return
-    version, files = examples.files_by_split(spark, job.root_uri)
-    job.facts["dataset"], retired = manifests.renew(job.root_uri, version, files, job.run_id)
+    counted = datasets.count(spark, job.config)
+    job.facts["dataset"], retired = manifests.renew(job.root_uri, counted, job.run_id)
     job.facts["retired_manifests"] = len(retired)

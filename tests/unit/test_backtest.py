@@ -20,6 +20,7 @@ from couponflow.training import backtest, baselines, feed, fitting
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
 WIDTH = len(layouts.WIDE_FEATURES)
+NUM_VARYING = 35  # more of pure noise would drown a few hundred rows
 WINDOW = timedelta(days=10)
 
 
@@ -29,7 +30,8 @@ def make_rows(size: int, seed: int = 0, split: str = "train", base: float = -1.0
     rows = []
     for number in range(size):
         day = int(generator.integers(0, 100))
-        wide = generator.normal(size=WIDTH)
+        wide = np.zeros(WIDTH)
+        wide[:NUM_VARYING] = generator.normal(size=NUM_VARYING)
         logit = (2.0 if day < 80 else -2.0) * wide[0] + base
         rows.append(
             {

@@ -6,6 +6,7 @@ import torch
 
 from couponflow.config import load_config
 from couponflow.errors import DataError
+from couponflow.lake import layouts
 from couponflow.models.batch import Batch, random_batch
 from couponflow.models.bundle import Bundle, Logistic
 from couponflow.models.dien import Dien
@@ -13,6 +14,7 @@ from couponflow.training import baselines, fitting, metrics
 from couponflow.training.launch import Workers
 
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
+NUM_WIDE = len(layouts.WIDE_FEATURES)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -59,7 +61,7 @@ def test_features_that_a_source_does_not_have_change_nothing() -> None:
     fitting.prepare(network, rows, config)
     batch = random_batch(torch.Generator().manual_seed(0), 4, num_wide=both.shape[1])
     batch.wide[:] = torch.from_numpy(both[:4]).float()
-    assert torch.isfinite(network(batch).logit).all()
+    assert torch.isfinite(network(batch).logits).all()
 
 
 def test_one_class_and_non_finite_features_are_refused() -> None:
@@ -75,8 +77,8 @@ def test_blend_is_better_than_both_members_and_calibrated() -> None:
     generator = np.random.default_rng(4)
     a, b = generator.normal(size=(2, 4000))
     label = (generator.random(4000) < sigmoid(1.2 * a + 0.8 * b - 1.5)).astype(float)
-    batch = random_batch(torch.Generator().manual_seed(0), 6, num_wide=35)
-    zero = np.zeros(35)
+    batch = random_batch(torch.Generator().manual_seed(0), 6, num_wide=NUM_WIDE)
+    zero = np.zeros(NUM_WIDE)
     members = {
         kind: Bundle(Logistic(zero + number, 0.1, zero, zero + 1), "v1", SIZES)
         for number, kind in enumerate(("dien", "logistic"), start=1)
@@ -101,7 +103,7 @@ def test_calibration_of_the_blend_is_cross_fitted() -> None:
     generator = np.random.default_rng(1)
     logits = {kind: generator.normal(size=80) for kind in ("dien", "logistic")}
     label = (generator.random(80) < 0.4).astype(float)
-    zero = np.zeros(35)
+    zero = np.zeros(NUM_WIDE)
     members = {kind: Bundle(Logistic(zero, 0.0, zero, zero + 1), "v1", SIZES) for kind in logits}
     bundle = baselines.blend_bundle(members, logits, label, [f"u{n}" for n in range(80)])
     in_sample = baselines.fit_platt(

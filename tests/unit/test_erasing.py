@@ -17,7 +17,7 @@ from builders import D0
 from couponflow.campaign import erasing as lists
 from couponflow.campaign import export
 from couponflow.errors import ConflictError, DataError
-from couponflow.lake import contracts, erased, erasure, runs, storage
+from couponflow.lake import contracts, erased, erasure, layouts, runs, storage
 from couponflow.lake.needles import Needles
 from couponflow.sequences import erasing, records
 from couponflow.sequences.records import RawFile
@@ -191,8 +191,10 @@ def test_an_unfinished_list_is_removed_and_a_changed_one_refused(tmp_path: Path)
 def dataset(folder: Path, version: int, names: list[str]) -> str:
     for name in names:
         (folder / name).touch()
-    files = {"train": {(folder / name).as_uri(): 1 for name in names}}
-    return feed.write_manifest(str(folder), version, files, "v1", {"item": 3}, "r")
+    rows = {(folder / name).as_uri(): 1 for name in names}
+    groups = {uri: (1,) for uri in rows}  # given, so that no footer is read
+    made = feed.Dataset(version, "v1", {"item": 3}, layouts.WIDE_FEATURES, {"train": rows}, groups)
+    return feed.write_manifest(str(folder), made, "r")
 
 
 def test_a_manifest_is_renewed_and_older_ones_go(tmp_path: Path) -> None:
@@ -201,7 +203,9 @@ def test_a_manifest_is_renewed_and_older_ones_go(tmp_path: Path) -> None:
     dataset(tmp_path, 1, ["a"])
     dataset(tmp_path, 2, ["a", "b"])
     (tmp_path / "c").touch()
-    uri, removed = manifests.renew(root, 3, {"train": {(tmp_path / "c").as_uri(): 1}}, "r")
+    rows = {(tmp_path / "c").as_uri(): 1}
+    counted = {"table_version": 3, "files": {"train": rows}, "row_groups": {next(iter(rows)): (1,)}}
+    uri, removed = manifests.renew(root, counted, "r")
     assert uri.endswith("-v3.json")
     assert [storage.join(root, "datasets", f"training_examples-v{n}.json") for n in (1, 2)] == removed
     found = manifests.current(root)

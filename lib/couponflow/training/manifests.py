@@ -6,6 +6,8 @@ file is removed before it, so that training on that version is refused by name i
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 from couponflow.errors import DataError
@@ -18,21 +20,18 @@ def current(root_uri: str) -> feed.Dataset | None:
     return feed.load_manifest(root_uri) if storage.exists(_pointer(root_uri)) else None
 
 
-def renew(
-    root_uri: str, version: int, files: Mapping[str, Mapping[str, int]], run_id: str
-) -> tuple[str, list[str]]:
+def renew(root_uri: str, counted: Mapping[str, Any], run_id: str) -> tuple[str, list[str]]:
     """Publish a manifest of a snapshot that has fewer rows, and retire all others.
 
-    ``files`` as ``feed.write_manifest``; vocabulary and sizes are those of the manifest before. Returns its
-    URI and what was removed.
+    ``counted``: the fields of ``feed.Dataset`` that were counted anew; all others, such as the vocabulary,
+    are those of the manifest before, and row groups are read off the files. Returns its URI and what was
+    removed.
 
     Raises:
         DataError: there is no manifest before.
     """
     before = feed.load_manifest(root_uri)
-    uri = feed.write_manifest(
-        root_uri, version, files, before.vocabulary_version, before.vocabulary_sizes, run_id
-    )
+    uri = feed.write_manifest(root_uri, replace(before, **({"row_groups": {}} | dict(counted))), run_id)
     older = [found for found in _versioned(root_uri) if found != uri]
     for found in older:
         storage.remove(found)
