@@ -24,8 +24,6 @@ DATA_NOTES = {
     ),
     "synthetic": "A synthetic shop with known structure. Figures say nothing about a real business.",
 }
-#: Whether a source drew the users of its past mails at random; unknown for anybody else's data.
-IS_RANDOMISED = {"completejourney": False, "synthetic": True}
 Show = Callable[[str, list[str], list[list[Any]]], None]
 Records = dict[str, runs.RunRecord]
 
@@ -69,10 +67,18 @@ def collect(config: Config, records: Records, skipped: set[str], spark: SparkSes
         config_fingerprint=config.fingerprint(),
         code_version=runs.code_version(),
         data_note=DATA_NOTES.get(source, ""),
-        has_randomised_control=IS_RANDOMISED.get(source),
+        has_randomised_control=_is_randomised(config),
         currency=config.lake.currency,
         time_zone=config.lake.time_zone,
     )
+
+
+
+def _is_randomised(config: Config) -> bool | None:
+    """Whether a source drew the users of its past mails at random; unknown for anybody else's data."""
+    if config.source.name == "synthetic":
+        return config.world.assignment != "confounded"
+    return {"completejourney": False}.get(config.source.name)
 
 
 def write_report(config: Config, records: Records, skipped: set[str], spark: SparkSession) -> str:
