@@ -1,5 +1,6 @@
 """Shared fixtures: one Spark session per run, one lake folder per test."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,20 @@ from couponflow.config import Config
 
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    """The one local Spark session: UTC, Delta, the heap of the main job."""
+    """The one local Spark session: UTC, Delta; hundreds of tests share its heap."""
     from couponflow.lake import tables
     from couponflow.sections import SparkConfig
 
-    session = tables.spark_session(SparkConfig(), "tests")
+    session = tables.spark_session(SparkConfig(driver_memory="3g"), "tests")
     yield session
     session.stop()
+
+
+@pytest.fixture(autouse=True)
+def _frames_are_forgotten() -> Iterator[None]:
+    """A frame in a reference cycle would keep its plan and its broadcasts in the JVM until some later test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

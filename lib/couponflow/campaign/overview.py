@@ -73,7 +73,6 @@ def collect(config: Config, records: Records, skipped: set[str], spark: SparkSes
     )
 
 
-
 def _is_randomised(config: Config) -> bool | None:
     """Whether a source drew the users of its past mails at random; unknown for anybody else's data."""
     if config.source.name == "synthetic":
