@@ -23,7 +23,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
 
 @pytest.fixture(autouse=True)
 def _frames_are_forgotten() -> Iterator[None]:
-    """A frame in a reference cycle would keep its plan and its broadcasts in the JVM until some later test."""
+    """A frame in a reference cycle would keep its plan and broadcasts in the JVM until some later test."""
     yield
     gc.collect()
 
