@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from couponflow.config import Config, load_config
 from couponflow.dates import DateRange
 from couponflow.entry import record_run, today
 from couponflow.errors import ConfigError, ConflictError, DataError
-from couponflow.lake import contracts, erased, erasure, runs, schemas, storage, tables, upkeep
-from couponflow.sequences import examples, feeds, records
+from couponflow.lake import contracts, erased, erasure, layouts, runs, schemas, storage, tables, upkeep
+from couponflow.sequences import datasets, feeds, records
 from couponflow.training import feed
 
 DAYS = DateRange(D0, D0 + timedelta(days=2))
@@ -174,8 +175,9 @@ class World:
         task = self.handover()
         found = [(user, "18", "v1", None, n + 1) for n, user in enumerate(self.pseudonym.values())]
         export.hand_over(task, export.Recipients(found, 0), "select-1")
-        version, files = examples.files_by_split(self.spark, self.root)
-        feed.write_manifest(self.root, version, files, "x", {"item": 5}, "build-1")
+        known = feed.Dataset(0, "x", {"item": 5}, layouts.WIDE_FEATURES, {})
+        counted = datasets.count(self.spark, self.config)
+        feed.write_manifest(self.root, replace(known, **counted), "build-1")
 
     def handover(self) -> export.Handover:
         return export.Handover(self.root, self.config.export.target_uri, "18", "v1", D0, "export-1")

@@ -46,7 +46,8 @@ def lake(spark: SparkSession, config: Config) -> Config:
 
 def leaky(spark: SparkSession, config: Config, population: DataFrame) -> list[Row]:
     """A leak in each group: late events in histories, untold redemptions in wide, corrections in targets."""
-    with examples.cached_inputs(spark, config, days(leaks.REACH_DAYS)) as inputs:
+    inputs = examples.read_inputs(spark, config, days(leaks.REACH_DAYS))
+    with examples.cached(inputs.events):
         on_time = inputs.events.withColumn("ingest_time", F.col("event_time"))
         history = histories.build(on_time, population, 6).drop("as_of_date")
         told = inputs.redemptions.withColumn("ingest_date", F.to_date("redemption_time"))

@@ -11,7 +11,7 @@ is the question and not its past. ``user_days`` are derived again from each copy
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from typing import Any
 
@@ -75,7 +75,9 @@ def build_as_for_training(spark: SparkSession, config: Config, population: DataF
     """Build features as ``build_examples`` does when its range ends long after the cut-off."""
     last = population.agg(F.max("as_of_date")).collect()[0][0] + timedelta(days=REACH_DAYS)
     length, time_zone = config.examples.history_length, config.lake.time_zone
-    with examples.cached_inputs(spark, config, last) as inputs:
+    # By merge, a build would also store its state; all methods give the same bytes.
+    inputs = replace(examples.read_inputs(spark, config, last), history_method="window")
+    with examples.cached(inputs.events):
         return examples.build_features(inputs, population, length, time_zone).collect()
 
 
