@@ -85,8 +85,8 @@ class World:
             )
             for n in range(40)
         ]
-        for table in ("campaigns", "sends", "redemptions", "users"):
-            column = "snapshot_date" if table == "users" else "ingest_date"
+        for table in ("campaigns", "sends", "redemptions", "users", "orders", "catalogue"):
+            column = "snapshot_date" if table in ("users", "catalogue") else "ingest_date"
             over = {"coupons": []} if table == "campaigns" else {}
             row = make_row(table, **{column: D0}, **over)
             tables.overwrite(make_frame(spark, table, [row]), self.root_uri, table, ALL_DATES)
