@@ -52,13 +52,12 @@ def wide(spark: SparkSession, frame: DataFrame, asked: DataFrame) -> DataFrame:
     coupons = [{"coupon_id": "k", "category_id": "8", "item_ids": ["7"]}]
     dates = {"start_date": D0, "end_date": D0 + timedelta(days=9)}
     campaign = make_row("campaigns", campaign_id="c", coupons=coupons, ingest_date=D0, **dates)
-    nothing = {name: make_frame(spark, name, []) for name in ("sends", "redemptions", "users")}
+    others = ("sends", "redemptions", "users", "orders", "catalogue")
+    nothing = [make_frame(spark, name, []) for name in others]
     prepared = frame.withColumn("known_date", aggregates.known_date("UTC"))
     campaigns = make_frame(spark, "campaigns", [campaign])
     rows = asked.withColumn("campaign_id", F.lit("c"))
-    return aggregates.build(
-        prepared, rows, campaigns, nothing["sends"], nothing["redemptions"], nothing["users"], "UTC"
-    )
+    return aggregates.build(prepared, rows, campaigns, *nothing, "UTC")
 
 
 Stage = Callable[[SparkSession, DataFrame, DataFrame], DataFrame]
