@@ -194,7 +194,7 @@ def test_a_late_delivery_keeps_the_state_and_a_correction_forces_a_rebuild(
 @pytest.mark.parametrize("what", ["event removed", "event added", "user excluded", "link"])
 def test_each_kind_of_correction_is_noticed(world: World, spark: SparkSession, what: str) -> None:
     past = merging.Past.of(spark, world.config, DateRange.day(day(4)))
-    frame = encoded(make_frame(spark, "events", world.events))
+    frame = examples.prepare_events(make_frame(spark, "events", world.events), world.terms, "UTC")
     past.publish(frame, None, "v1", "test")
     next_day = merging.Past.of(spark, world.config, DateRange.day(day(5)))
     assert next_day.load("v1") is not None
