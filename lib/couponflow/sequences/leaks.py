@@ -22,7 +22,7 @@ from pyspark.sql import functions as F
 from couponflow.config import Config
 from couponflow.dates import MAX_DAYS, DateRange, day_start
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import layouts, tables
+from couponflow.lake import layouts, schemas, tables
 from couponflow.sequences import conversions, events, examples, feeds, robots
 from couponflow.sequences.planted import Question, facts_before, facts_from_then_on
 
@@ -215,7 +215,11 @@ def _knowledge(question: Question) -> dict[str, _Knowledge]:
         ),
         "users": _Knowledge((), "snapshot_date", {"has_attributes": ~F.col("has_attributes")}),
         "identity_links": _Knowledge(("linked_time",), "ingest_date", {"user_id": "planted"}),
-        "campaigns": _Knowledge((), "ingest_date", {"end_date": F.date_sub("end_date", 400)}),
+        "campaigns": _Knowledge(
+            (),
+            "ingest_date",
+            {"end_date": F.date_sub("end_date", 400), "coupons": F.array().cast(schemas.COUPON_TYPE)},
+        ),
         "catalogue": _Knowledge((), "snapshot_date", {"shop_id": "planted"}),
     }
 
@@ -245,7 +249,10 @@ def _perturbed(as_is: Frames, users: DataFrame, question: Question, seed: int) -
         kept = frame.where(~(late & (fate == 0)))
         result[table] = kept.select(*[changed.get(name, F.col(name)) for name in frame.columns])
         if table in ("events", "sends", "redemptions", "campaigns"):
-            again = frame.where(~late & (fate == 2))
+            is_again = fate == 2
+            if table == "campaigns":  # one row stands behind every target: never left to chance
+                is_again = is_again | (F.col("campaign_id") == question.campaign_id)
+            again = frame.where(~late & is_again)
             result[table] = result[table].unionByName(_delivered_again(again, rule, question))
         if table in ("users", "catalogue"):
             fresh = frame.where(~late).withColumn(rule.day, F.lit(question.day))
