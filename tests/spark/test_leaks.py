@@ -78,7 +78,9 @@ def test_the_audit_passes_on_honest_features_and_names_every_planted_leak(
     assert [f.verdict for f in found.values()] == ["LEAK"] * 3
     assert found["history"].leaked == USERS
     assert found["history"].first_user == "u0"
-    assert [name.split()[0] for name in found["wide"].features] == ["num_redemptions"]
+    names = [name.split()[0] for name in found["wide"].features]
+    assert names[0] == "num_redemptions"
+    assert all("rede" in name for name in names), "only what redemptions tell has leaked"
     with pytest.raises(DataError, match=r"history of 8 of 8 users changed .* first u0"):
         leaks.check(list(found.values()), D)
     with pytest.raises(DataError, match="first u0, num_redemptions 0 -> "):
