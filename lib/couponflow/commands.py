@@ -13,6 +13,7 @@ from couponflow.errors import CouponflowError
 
 DEFAULT_CONFIG = Path("deploy/env/local.toml")
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")]
 
 

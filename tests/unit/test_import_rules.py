@@ -35,6 +35,7 @@ LAYERS = {
     "backfill": 11,
     "commands": 12,
     "console": 12,
+    "checks": 13,
     "upkeep": 13,
     "cli": 14,
 }
@@ -50,6 +51,7 @@ AT_TOP = {
     "cli": {"typer", "rich", "pydantic"},
     "console": {"rich"},
     "commands": {"typer"},
+    "checks": {"typer"},
     "upkeep": {"typer"},
     "lake.tables": {"pyspark", "delta", "py4j"},
     "lake.erasure": {"pyspark", "py4j"},
