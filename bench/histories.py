@@ -192,7 +192,12 @@ def skew_50k(spark: SparkSession) -> Claim:
         F.element_at(kinds, F.col("event_type_index") - 1).alias("event_type"),
         day.alias("event_date"),
         F.to_date("ingest_time").alias("ingest_date"),
+        F.col("item_index").cast("string").alias("item_id"),
+        F.col("category_index").cast("string").alias("category_id"),
+        F.lit(1.5).alias("price"),
         F.lit("phone").alias("device"),
+        F.lit("site").alias("channel"),
+        F.lit(False).alias("is_automated"),
     )
 
     def run() -> None:

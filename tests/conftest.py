@@ -1,13 +1,18 @@
 """Shared fixtures: one Spark session per run, one lake folder per test."""
 
 import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from builders import test_config
 
 from couponflow.config import Config
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 
 @pytest.fixture(scope="session")
@@ -23,9 +28,19 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
 
 @pytest.fixture(autouse=True)
 def _frames_are_forgotten() -> Iterator[None]:
-    """A frame in a reference cycle would keep its plan and broadcasts in the JVM until some later test."""
+    """The shared JVM keeps no plan of a test: of a frame in a cycle, of a lake whose log is cached."""
     yield
     gc.collect()
+    if (session := _running_session()) is not None and session._jvm is not None:
+        session._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()
+
+
+def _running_session() -> "SparkSession | None":
+    """The session that is running, without starting one for a test that needs none."""
+    if (module := sys.modules.get("pyspark.sql")) is None:
+        return None
+    found: SparkSession | None = module.SparkSession.getActiveSession()
+    return found
 
 
 @pytest.fixture

@@ -52,7 +52,6 @@ first_as_of = "2024-01-01"
 campaign_id = "1"
 run_date = "2024-01-12"
 """
-#: What a backfill of all stages fills, the vocabulary that it is given included.
 #: What a backfill fills; links need a visitor who logs in, states the history method ``merge``.
 TABLES = set(schemas.TABLES) - {
     "identity_links",
