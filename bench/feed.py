@@ -17,7 +17,7 @@ from bench import data
 from bench.run import Claim, in_turns, median_ratio
 from couponflow.lake import layouts
 from couponflow.sequences import packing
-from couponflow.training import feed
+from couponflow.training import feed, reader
 from couponflow.training.launch import Workers
 
 CLAIMS = ("feed_vs_pyarrow",)
@@ -38,7 +38,8 @@ def make_files(rows: int) -> feed.Dataset:
             table = _examples(np.random.default_rng(number), rows // FILES)
             pq.write_table(table, path, row_group_size=20_000)
         files[path.absolute().as_uri()] = rows // FILES
-    return feed.Dataset(0, "v0", _SIZES, layouts.WIDE_FEATURES, {"train": files})
+    groups = {uri: reader.row_groups(reader.read_footer(uri)) for uri in files}
+    return feed.Dataset(0, "v0", _SIZES, layouts.WIDE_FEATURES, {"train": files}, row_groups=groups)
 
 
 def _examples(generator: np.random.Generator, rows: int) -> pa.Table:

@@ -21,7 +21,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     from couponflow.lake import tables
     from couponflow.sections import SparkConfig
 
-    session = tables.spark_session(SparkConfig(driver_memory="3g"), "tests")
+    session = tables.spark_session(SparkConfig(driver_memory="4g"), "tests")
     yield session
     session.stop()
 

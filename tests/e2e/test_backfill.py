@@ -280,6 +280,7 @@ def soak(lake: Lake, seed: int, num_kills: int, *more: str) -> Iterator[str]:
                 assert child.returncode == 0, output
 
 
+@pytest.mark.nightly  # minutes; the killed day above and `make soak` cover it
 def test_killed_twice_in_a_random_order_equals_one_clean_pass(
     spark: SparkSession, oracle: Lake, lake: Lake
 ) -> None:

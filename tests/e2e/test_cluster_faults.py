@@ -82,8 +82,18 @@ def _child(root: Path, fault: str, master: str, *settings: str) -> subprocess.Co
     [
         ("kill_worker", "local[2,4]", ()),
         ("kill_executor", "local-cluster[2,1,1024]", ()),
-        ("end_executor", "local-cluster[2,1,1024]", ("spark.decommission.enabled=true",)),
-        ("sleep", "local-cluster[2,1,1024]", ("spark.speculation=true", "spark.speculation.quantile=0.1")),
+        pytest.param(
+            "end_executor",
+            "local-cluster[2,1,1024]",
+            ("spark.decommission.enabled=true",),
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
+            "sleep",
+            "local-cluster[2,1,1024]",
+            ("spark.speculation=true", "spark.speculation.quantile=0.1"),
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_what_is_retried_changes_no_row(

@@ -144,6 +144,7 @@ def late_is_ignored(inputs: examples.Inputs) -> examples.Inputs:
     return replace(inputs, events=leaky)
 
 
+@pytest.mark.nightly  # minutes; test_leaks plants leaks in every run
 def test_nothing_after_as_of_changes_a_feature_and_a_planted_leak_is_found(
     spark: SparkSession, config: Config
 ) -> None:

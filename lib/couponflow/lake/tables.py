@@ -70,6 +70,11 @@ def spark_session(config: SparkConfig, app_name: str) -> SparkSession:
             .config("spark.ui.retainedStages", "20")
             .config("spark.ui.retainedTasks", "500")
             .config("spark.sql.ui.retainedExecutions", "5")
+            # Every hash map and sorter of a task takes a page, however few its rows. Spark sizes pages by the
+            # heap (64 MB here), and a plan with dozens of them fills it.
+            .config("spark.buffer.pageSize", "2m")
+            .config("spark.sql.ui.explainMode", "simple")  # every plan is described, though nobody looks
+            .config("spark.sql.codegen.cache.maxEntries", "1000")  # a backfill comes back to its plans
             .config("spark.driver.extraJavaOptions", "-Duser.timezone=UTC -XX:+UseParallelGC")
             .config("spark.databricks.delta.snapshotPartitions", "2")  # default 50 tasks per log read
             .config("spark.sql.sources.parallelPartitionDiscovery.parallelism", "4")
