@@ -257,31 +257,85 @@ class ExamplesConfig(Section):
 
 
 class ModelConfig(Section):
-    """One network; a copy travels inside the bundle and is what scoring reads."""
+    """One network; a copy travels inside the bundle and is what scoring reads.
 
+    Every encoder gets the same step inputs, candidate, aggregates and head; a field that names encoders is
+    used by those.
+    """
+
+    encoder: Literal["mean_pool", "static", "din", "gru", "gru_att", "dien"] = Field(
+        default="dien",
+        description="How a history becomes one vector: its mean; an MLP of the mean; attention of the "
+        "candidate on the steps; the last GRU state; two GRUs and attention; DIEN.",
+    )
     item_dim: int = Field(default=4, ge=1, le=512, description="Width of the item embedding.")
     category_dim: int = Field(default=8, ge=1, le=512, description="Width of the category embedding.")
     shop_dim: int = Field(default=4, ge=1, le=512, description="Width of the shop embedding.")
     type_dim: int = Field(default=2, ge=1, le=64, description="Width of the event type embedding.")
     gap_dim: int = Field(default=4, ge=1, le=64, description="Width of the time-gap bucket embedding.")
-    hidden_dim: int = Field(default=16, ge=1, le=1024, description="Width H of both recurrent layers.")
+    position_dim: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Width of an embedding of a step's place, counted from the newest event; 0: none.",
+    )
+    hidden_dim: int = Field(
+        default=16, ge=1, le=1024, description="Width H of the recurrent layers; gru, gru_att, dien."
+    )
+    attention: Literal["mlp", "bilinear"] = Field(
+        default="mlp", description="How a step is scored against the candidate; din, gru_att, dien."
+    )
+    normalise: Literal["softmax", "sigmoid", "sum"] = Field(
+        default="softmax",
+        description="From scores to attention weights. softmax: they sum to 1; sigmoid: each step for "
+        "itself; sum: the score is the weight, which dien refuses because it multiplies gates.",
+    )
     attention_dims: Widths = Field(default=(80, 40), description="Hidden widths of the attention MLP.")
+    attention_activation: Literal["sigmoid", "prelu", "dice"] = Field(
+        default="sigmoid", description="Hidden units of the attention MLP."
+    )
     auxiliary_dims: Widths = Field(default=(100, 50), description="Hidden widths of the auxiliary MLP.")
     head_dims: Widths = Field(default=(32,), description="Hidden widths of the head.")
     cell: Literal["augru_paper", "augru_official", "agru", "aigru", "gru"] = Field(
-        default="augru_paper", description="How attention enters the second recurrent layer."
+        default="augru_paper", description="How attention enters the second recurrent layer; dien."
     )
     auxiliary_scorer: Literal["mlp", "dot"] = Field(
         default="mlp", description="How a state is scored against the next behaviour."
     )
     auxiliary_weight: float = Field(
-        default=1.0, ge=0.0, le=10.0, description="Weight alpha of the auxiliary loss; 0 switches it off."
+        default=1.0,
+        ge=0.0,
+        le=10.0,
+        description="Weight alpha of the auxiliary loss on the first GRU; 0 switches it off.",
     )
-    final_norm: bool = Field(default=True, description="LayerNorm on the final interest state.")
+    mba_weight: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=10.0,
+        description="Weight of the mini-batch aware regularisation of embeddings, which shrinks rare ids "
+        "more; 0: off.",
+    )
+    final_norm: bool = Field(
+        default=True, description="LayerNorm on the interest vector; gru, gru_att, dien."
+    )
+    match_features: bool = Field(
+        default=False,
+        description="Give the head the product of interest and candidate and the greatest attention score; "
+        "din, gru_att, dien.",
+    )
     dropout: float = Field(default=0.5, ge=0.0, lt=1.0, description="Dropout in the head.")
     wide_skip: bool = Field(
         default=True, description="Add a linear term of the aggregates to the logit (wide and deep)."
     )
+
+    @model_validator(mode="after")
+    def _gates_are_bounded(self) -> "ModelConfig":
+        if self.encoder == "dien" and self.cell != "gru" and self.normalise == "sum":
+            raise ValueError(
+                "normalise = 'sum' lets raw scores multiply the gates of cell "
+                f"{self.cell!r}, which diverges; use softmax or sigmoid"
+            )
+        return self
 
 
 class TrainingConfig(Section):

@@ -98,6 +98,21 @@ def test_round_trip_is_exact(kind: str, tmp_path: Path) -> None:
     assert loaded.probabilities(logits).tolist() == bundle.calibrator.apply(logits).tolist()
 
 
+@pytest.mark.parametrize("encoder", ["mean_pool", "static", "din", "gru", "gru_att", "dien"])
+def test_every_encoder_travels_with_its_options(encoder: str, tmp_path: Path) -> None:
+    options = {"encoder": encoder, "normalise": "sigmoid", "attention_activation": "dice", "position_dim": 2}
+    config = ModelConfig.model_validate(SMALL.model_dump() | options | {"match_features": True})
+    torch.manual_seed(0)
+    network = Dien(config, RANDOM_SIZES, NUM_WIDE)
+    network.train()(BATCH)
+    bundle = Bundle(network, "v1", dict(RANDOM_SIZES))
+    loaded = load_bundle(saved(tmp_path, bundle))
+    assert isinstance(loaded.model, Dien)
+    assert loaded.model.config == config
+    assert loaded.logits(BATCH).tobytes() == bundle.logits(BATCH).tobytes()
+    assert loaded.logits(BATCH, chunk_rows=7) == pytest.approx(bundle.logits(BATCH), abs=1e-6)
+
+
 def test_equal_models_have_equal_names_and_other_models_others() -> None:
     bundle = dien_bundle()
     same = {dien_bundle().model_version, replace(bundle, metrics={}).model_version}

@@ -11,11 +11,37 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from couponflow.errors import ConfigError
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
 from couponflow.models.dien import Dien, Output
+from couponflow.models.encoders import recurrent
 from couponflow.models.layers import Cell
 from couponflow.sections import ModelConfig
 
 CELLS: tuple[Cell, ...] = get_args(Cell)
+ENCODERS = ("mean_pool", "static", "din", "gru", "gru_att")
 NUM_WIDE = 5
+#: Every encoder and cell, and every option of theirs at least once.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mean_pool": {"encoder": "mean_pool"},
+    "static": {"encoder": "static"},
+    "din": {"encoder": "din"},
+    "din_sum": {"encoder": "din", "normalise": "sum"},
+    "din_sigmoid": {"encoder": "din", "normalise": "sigmoid"},
+    "din_prelu": {"encoder": "din", "attention_activation": "prelu"},
+    "din_dice": {"encoder": "din", "attention_activation": "dice"},
+    "din_bilinear": {"encoder": "din", "attention": "bilinear"},
+    "din_positions": {"encoder": "din", "position_dim": 2},
+    "din_match": {"encoder": "din", "match_features": True},
+    "gru": {"encoder": "gru"},
+    "gru_att": {"encoder": "gru_att"},
+    "gru_att_match": {"encoder": "gru_att", "normalise": "sigmoid", "match_features": True},
+    **{cell: {"cell": cell} for cell in CELLS},
+    "dien_sigmoid": {"normalise": "sigmoid"},
+    "dien_bilinear": {"attention": "bilinear"},
+    "dien_dice": {"attention_activation": "dice"},
+    "dien_match": {"normalise": "sigmoid", "attention": "bilinear", "match_features": True},
+}
+ORDER_FREE = {name for name in VARIANTS if name.startswith(("mean_pool", "static", "din"))} - {
+    "din_positions"
+}
 SMALL: dict[str, Any] = {
     "item_dim": 3,
     "category_dim": 4,
@@ -81,31 +107,33 @@ def padded_by(batch: Batch, extra: int, fill: int) -> Batch:
     return replace(batch, **widened, **members)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_row_alone_equals_the_row_in_a_batch(cell: Cell) -> None:
-    made, batch = trained(cell=cell), rows(9, length=[0, 5, 2, 12, 1, 0, 3, 12, 7])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_row_alone_equals_the_row_in_a_batch(variant: str) -> None:
+    made, batch = trained(**VARIANTS[variant]), rows(9, length=[0, 5, 2, 12, 1, 0, 3, 12, 7])
     together = made(batch).logits
     alone = torch.cat([made(batch.take([row])).logits for row in range(batch.size)])
     torch.testing.assert_close(alone, together, atol=2e-6, rtol=1e-5)
     assert together.std() > 1e-3
 
 
-def test_two_events_alone_and_beside_a_longer_user() -> None:
-    made = trained()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_events_alone_and_beside_a_longer_user(variant: str) -> None:
+    made = trained(**VARIANTS[variant]).double()
     both = rows(2, length=[2, 5])
     torch.testing.assert_close(made(both.take([0])).logits, made(both).logits[:1], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_more_padding_changes_nothing(cell: Cell) -> None:
-    made, batch = trained(cell=cell), rows(8)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_more_padding_changes_nothing(variant: str) -> None:
+    made, batch = trained(**VARIANTS[variant]), rows(8)
     wider = padded_by(batch, extra=4, fill=1)
     torch.testing.assert_close(made(wider).logits, made(batch).logits)
     made.train()
     before, after = made(batch), made(wider)
     torch.testing.assert_close(after.logits, before.logits)
     torch.testing.assert_close(after.aux_sum, before.aux_sum)
-    assert after.aux_count == before.aux_count > 0
+    assert after.aux_count == before.aux_count
+    assert (before.aux_count > 0) == recurrent(made.config)
 
 
 def test_order_of_rows_and_members_is_irrelevant() -> None:
@@ -116,14 +144,31 @@ def test_order_of_rows_and_members_is_irrelevant() -> None:
     torch.testing.assert_close(made(replace(batch, **turned)).logits, made(batch).logits)
 
 
-def test_the_order_of_events_matters() -> None:
-    made, batch = trained(), rows(4, length=[6, 6, 6, 6])
-    turned = {
-        field.name: getattr(batch, field.name).flip(1)
-        for field in fields(Batch)
-        if field.name.startswith("hist_")
+def turned(batch: Batch, first: int) -> Batch:
+    """The ``first`` oldest events of every row in reverse, each with its age."""
+    histories = {
+        field.name: getattr(batch, field.name) for field in fields(Batch) if field.name.startswith("hist_")
     }
-    assert (made(replace(batch, **turned)).logits - made(batch).logits).abs().max() > 1e-4
+    return replace(
+        batch,
+        **{name: torch.cat([h[:, :first].flip(1), h[:, first:]], dim=1) for name, h in histories.items()},
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_order_of_events_matters_to_recurrence_and_positions(variant: str) -> None:
+    made, batch = trained(**VARIANTS[variant]).double(), rows(4, length=[6, 6, 6, 6])
+    moved = (made(turned(batch, 6)).logits - made(batch).logits).abs().max()
+    assert (moved < 1e-9) == (variant in ORDER_FREE), moved
+    assert variant in ORDER_FREE or moved > 1e-4
+
+
+def test_places_are_counted_from_the_newest_event_and_old_ones_share_one() -> None:
+    made = trained(encoder="din", position_dim=2).double()
+    batch = rows(2, length=[130, 130])
+    places = made.position.num_embeddings  # type: ignore[union-attr]
+    torch.testing.assert_close(made(turned(batch, 131 - places)).logits, made(batch).logits)
+    assert (made(turned(batch, 132 - places)).logits - made(batch).logits).abs().max() > 1e-6
 
 
 def test_candidate_is_the_mean_of_members_and_absent_fields_are_zero() -> None:
@@ -143,8 +188,9 @@ def test_candidate_is_the_mean_of_members_and_absent_fields_are_zero() -> None:
 
 @pytest.mark.parametrize("is_training", [True, False])
 @pytest.mark.parametrize("lengths", [[0], [1], [0, 0, 0], [4]], ids=str)
-def test_empty_histories_and_single_rows(lengths: list[int], is_training: bool) -> None:
-    made = network().train(is_training)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_empty_histories_and_single_rows(variant: str, lengths: list[int], is_training: bool) -> None:
+    made = network(**VARIANTS[variant]).train(is_training)
     batch = rows(len(lengths), length=lengths, max_members=0)
     output = made(batch)
     assert output.logits.shape == (len(lengths),)
@@ -156,9 +202,9 @@ def test_empty_histories_and_single_rows(lengths: list[int], is_training: bool) 
 
 
 @pytest.mark.parametrize("scorer", ["mlp", "dot"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_batch_of_zero_rows_gives_zero_gradients_to_all(cell: Cell, scorer: str) -> None:
-    made = network(cell=cell, auxiliary_scorer=scorer).train()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_batch_of_zero_rows_gives_zero_gradients_to_all(variant: str, scorer: str) -> None:
+    made = network(**VARIANTS[variant], auxiliary_scorer=scorer).train()
     output = made(empty_batch(NUM_WIDE))
     assert output.logits.shape == (0,)
     assert output.aux_sum.item() == output.aux_count.item() == 0.0
@@ -169,9 +215,9 @@ def test_a_batch_of_zero_rows_gives_zero_gradients_to_all(cell: Cell, scorer: st
 
 
 @pytest.mark.parametrize("scorer", ["mlp", "dot"])
-@pytest.mark.parametrize("cell", CELLS)
-def test_every_parameter_gets_a_gradient(cell: Cell, scorer: str) -> None:
-    made, batch = network(cell=cell, auxiliary_scorer=scorer).train(), rows(32)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_gets_a_gradient(variant: str, scorer: str) -> None:
+    made, batch = network(**VARIANTS[variant], auxiliary_scorer=scorer).train(), rows(32)
     loss_of(made(batch), batch).backward()
     without = [name for name, value in made.named_parameters() if value.grad is None or not value.grad.any()]
     assert without == []
@@ -200,7 +246,7 @@ def test_auxiliary_weight_zero_switches_the_loss_off() -> None:
 
 def test_switches_change_the_numbers() -> None:
     batch = rows(16)
-    logits = {str(over): trained(**over).eval()(batch).logits for over in [{"cell": cell} for cell in CELLS]}
+    logits = {name: trained(**over)(batch).logits for name, over in VARIANTS.items()}
     logits["no norm"] = trained(final_norm=False)(batch).logits
     logits["no skip"] = trained(wide_skip=False)(batch).logits
     names = sorted(logits)
@@ -252,24 +298,31 @@ def test_one_logit_per_row_costs_what_two_would() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gives_no_nan(dtype: torch.dtype) -> None:
-    made = trained().to(dtype)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_precision_gives_no_nan(variant: str, dtype: torch.dtype) -> None:
+    made = trained(**VARIANTS[variant]).to(dtype)
     logits = made(rows(6, length=[0, 3, 0, 12, 1, 2])).logits
     assert logits.dtype == torch.float32
     assert torch.isfinite(logits).all()
 
 
-def test_mixed_precision_trains_in_finite_steps() -> None:
-    made, batch = network().train(), rows(16)
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mixed_precision_trains_in_finite_steps(variant: str, dtype: torch.dtype) -> None:
+    made, batch = network(**VARIANTS[variant]).train(), rows(16, length=[0, 1, 12, *range(13)])
+    with torch.autocast("cpu", dtype):
         loss = loss_of(made(batch), batch)
     loss.backward()
     assert all(value.grad is not None and torch.isfinite(value.grad).all() for value in made.parameters())
 
 
-@pytest.mark.parametrize("scorer", ["mlp", "dot"])
-def test_overfits_64_rows(scorer: str) -> None:
-    made, batch = network(auxiliary_scorer=scorer).train(), rows(64)
+@pytest.mark.parametrize(
+    "over",
+    [{"auxiliary_scorer": "mlp"}, {"auxiliary_scorer": "dot"}, *({"encoder": name} for name in ENCODERS)],
+    ids=str,
+)
+def test_overfits_64_rows(over: dict[str, Any]) -> None:
+    made, batch = network(**over).train(), rows(64)
     optimiser = torch.optim.Adam(made.parameters(), lr=0.02)
     for _ in range(80):
         optimiser.zero_grad()

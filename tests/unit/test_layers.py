@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from couponflow.models.attention import AttentionScorer
 from couponflow.models.layers import (
     GAP_EDGES_DAYS,
-    AttentionScorer,
     BatchNorm,
     Cell,
     Dice,
@@ -18,6 +18,7 @@ from couponflow.models.layers import (
     MlpScorer,
     auxiliary_sum_count,
     embed_set,
+    masked_max,
     masked_mean,
     masked_softmax,
     packing,
@@ -64,6 +65,17 @@ def test_reductions_take_zero_steps() -> None:
     nothing = torch.zeros(2, 0, dtype=torch.bool)
     assert masked_softmax(torch.zeros(2, 0), nothing).shape == (2, 0)
     assert masked_mean(torch.zeros(2, 0, 3), nothing).tolist() == [[0.0] * 3] * 2
+    assert masked_max(torch.zeros(2, 0), nothing).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_the_greatest_value_is_a_real_one(dtype: torch.dtype) -> None:
+    value = torch.tensor([[-3.0, -2.0, 9.0], [5.0, 6.0, 7.0]], dtype=dtype, requires_grad=True)
+    found = masked_max(value, torch.tensor([[True, True, False], [False] * 3]))
+    assert found.tolist() == [-2.0, 0.0]
+    found.sum().backward()
+    assert value.grad is not None
+    assert value.grad.tolist() == [[0.0, 1.0, 0.0], [0.0] * 3]
 
 
 def test_mean_ignores_what_padding_holds() -> None:

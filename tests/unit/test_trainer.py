@@ -160,9 +160,17 @@ def test_golden_mean_over_ranks_is_sum_over_count() -> None:
     assert run_ranks(2, work) == pytest.approx([1.75, 1.75])
 
 
-@pytest.mark.parametrize("kind", ["linear", "dien"])
+@pytest.mark.parametrize("kind", ["linear", "dien", "din"])
 def test_a_filler_batch_has_no_effect(kind: str) -> None:
-    config = ModelConfig(dropout=0.0, hidden_dim=8, head_dims=(6,), attention_dims=(6,), auxiliary_dims=(6,))
+    config = ModelConfig(
+        encoder="din" if kind == "din" else "dien",
+        attention_activation="dice",
+        dropout=0.0,
+        hidden_dim=8,
+        head_dims=(6,),
+        attention_dims=(6,),
+        auxiliary_dims=(6,),
+    )
 
     def build() -> nn.Module:
         torch.manual_seed(0)

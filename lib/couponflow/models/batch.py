@@ -144,13 +144,22 @@ def decode(
     )
 
 
-def beyond_vocabulary(batch: Batch, sizes: Mapping[str, int]) -> tuple[str, int] | None:
-    """The first field whose largest id needs more ids than ``sizes`` has, and that id; None where all fit."""
-    columns = {
-        "item": (batch.hist_item, batch.neg_item, batch.cand_item),
-        "category": (batch.hist_category, batch.neg_category, batch.cand_category),
+def feature_ids(batch: Batch) -> dict[str, tuple[Tensor, ...]]:
+    """The ids of the rows by field of the vocabulary, history and target, padding included."""
+    return {
+        "item": (batch.hist_item, batch.cand_item),
+        "category": (batch.hist_category, batch.cand_category),
         "shop": (batch.hist_shop, batch.cand_shop),
         "event_type": (batch.hist_type,),
+    }
+
+
+def beyond_vocabulary(batch: Batch, sizes: Mapping[str, int]) -> tuple[str, int] | None:
+    """The first field whose largest id needs more ids than ``sizes`` has, and that id; None where all fit."""
+    negatives = {"item": batch.neg_item, "category": batch.neg_category}
+    columns = {
+        name: (*tensors, negatives[name]) if name in negatives else tensors
+        for name, tensors in feature_ids(batch).items()
     }
     for name, tensors in columns.items():
         largest = max((int(tensor.max()) for tensor in tensors if tensor.numel()), default=0)

@@ -1,4 +1,7 @@
-"""DIEN: interest extraction by a GRU with an auxiliary loss, interest evolution by an attentional GRU.
+"""The network: embedded histories, an encoder of ``models.encoders``, and a head beside the aggregates.
+
+DIEN, the default, extracts interests by a GRU with an auxiliary loss and lets them evolve in an attentional
+GRU; the simpler encoders share all of it but what ``model.encoder`` names.
 
 Legend: ``B`` rows, ``N`` real steps of the batch (packed), ``H`` hidden width, ``D`` width of a step's input,
 ``E`` content part (item and category), ``V`` candidate, ``F`` wide features. Only real steps are computed.
@@ -7,7 +10,7 @@ Source: arXiv 1809.03672; target sets, aggregates beside the sequence and the wi
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +18,9 @@ from torch import Tensor, nn
 from couponflow.errors import ConfigError
 from couponflow.lake import layouts
 from couponflow.models.batch import Batch
+from couponflow.models.encoders import build_encoder, recurrent
 from couponflow.models.layers import (
-    AttentionScorer,
+    MOMENTUM,
     Dice,
     DotScorer,
     GapEmbedding,
@@ -26,19 +30,14 @@ from couponflow.models.layers import (
     auxiliary_sum_count,
     embed_set,
     masked_mean,
-    masked_softmax,
     packing,
 )
 from couponflow.sections import ModelConfig
 
-# A run on a few thousand rows takes a few hundred steps: with the usual .01 its running statistics would
-# still be near their start when the first epochs are validated.
-_MOMENTUM = 0.1
 _EMBEDDING_SD = 0.05
 _LAST_GAIN = 0.1
-# States start near zero. The usual 1e-5 would blow their differences up to unit size before they mean
-# anything, and a small training set is then memorised within a few epochs; grown states are well above this.
-_FINAL_NORM_EPS = 1e-2
+#: Places with an embedding of their own, counted from the newest event; older ones share the last.
+_NUM_POSITIONS = 128
 
 
 class Output(NamedTuple):
@@ -55,9 +54,10 @@ class Output(NamedTuple):
 class Dien(nn.Module):
     """The network of one ``ModelConfig``.
 
-    Input of a step: item, category, shop, event type and gap bucket embeddings. Candidate: masked mean over
-    the members of the target of item, category and shop embeddings, shared with the history; an absent field
-    contributes zero. Cell ``gru`` ignores the candidate in the sequence and has no attention parameters.
+    Input of a step: item, category, shop, event type and gap bucket embeddings, and one of its place if
+    ``position_dim``. Candidate: masked mean over the members of the target of item, category and shop
+    embeddings, shared with the history; an absent field contributes zero. The auxiliary loss belongs to the
+    first GRU, so encoders without one have none.
 
     Head: the concatenation is not normalised. Aggregates are standardised already, and batch normalisation
     would lift the still meaningless embeddings to their size.
@@ -80,7 +80,7 @@ class Dien(nn.Module):
         sizes = {name: vocabulary_sizes[name] for name in layouts.VOCABULARY_FIELDS}
         content, hidden = config.item_dim + config.category_dim, config.hidden_dim
         candidate = content + config.shop_dim
-        step = candidate + config.type_dim + config.gap_dim
+        step = candidate + config.type_dim + config.gap_dim + config.position_dim
 
         self.item = nn.Embedding(sizes["item"], config.item_dim, padding_idx=0)
         self.category = nn.Embedding(sizes["category"], config.category_dim, padding_idx=0)
@@ -88,28 +88,28 @@ class Dien(nn.Module):
         self.event_type = nn.Embedding(sizes["event_type"], config.type_dim, padding_idx=0)
         self.gap = GapEmbedding(config.gap_dim)
 
-        self.extraction = GruCell(step, hidden, "gru")
-        self.auxiliary: MlpScorer | DotScorer | None = None
-        if config.auxiliary_weight > 0 and config.auxiliary_scorer == "mlp":
-            self.auxiliary = MlpScorer(hidden, content, config.auxiliary_dims)
-        elif config.auxiliary_weight > 0:
-            self.auxiliary = DotScorer(hidden, content)
-        self.query: nn.Sequential | None = None
-        self.attention: AttentionScorer | None = None
-        if config.cell != "gru":
-            self.query = nn.Sequential(nn.Linear(candidate, hidden), nn.PReLU())
-            self.attention = AttentionScorer(hidden, config.attention_dims)
-        self.evolution = GruCell(hidden, hidden, config.cell)
-        self.final_norm = nn.LayerNorm(hidden, eps=_FINAL_NORM_EPS) if config.final_norm else nn.Identity()
+        self.position: nn.Embedding | None = None
+        if config.position_dim:
+            self.position = nn.Embedding(_NUM_POSITIONS, config.position_dim)
 
-        self.project_interest = nn.Linear(hidden, candidate, bias=False)
+        self.extraction: GruCell | None = None
+        self.auxiliary: MlpScorer | DotScorer | None = None
+        if recurrent(config):
+            self.extraction = GruCell(step, hidden, "gru")
+            if config.auxiliary_weight > 0 and config.auxiliary_scorer == "mlp":
+                self.auxiliary = MlpScorer(hidden, content, config.auxiliary_dims)
+            elif config.auxiliary_weight > 0:
+                self.auxiliary = DotScorer(hidden, content)
+        self.encoder = build_encoder(config, step if self.extraction is None else hidden, candidate)
+
+        self.project_interest = nn.Linear(self.encoder.width, candidate, bias=False)
         self.project_mean = nn.Linear(step, candidate, bias=False)
         self.register_buffer("wide_mean", torch.zeros(num_wide))
         self.register_buffer("wide_sd", torch.ones(num_wide))
-        width = 3 * candidate + hidden + step + num_wide
+        width = 3 * candidate + self.encoder.width + self.encoder.num_matches + step + num_wide
         layers: list[nn.Module] = []
         for after in config.head_dims:
-            layers += [nn.Linear(width, after), Dice(after, momentum=_MOMENTUM), nn.Dropout(config.dropout)]
+            layers += [nn.Linear(width, after), Dice(after, momentum=MOMENTUM), nn.Dropout(config.dropout)]
             width = after
         self.head = nn.Sequential(*layers)
         self.last = nn.Linear(width, 1)
@@ -127,7 +127,11 @@ class Dien(nn.Module):
         layout = packing(batch.length, batch.hist_item.shape[1])
         content, steps = self._steps(batch, layout)
         mean = masked_mean(layout.unpack(steps), batch.mask)
-        interest, aux_sum, aux_count = self._encode(batch, layout, candidate, content, steps)
+        states = steps if self.extraction is None else self.extraction(steps, layout)
+        aux_sum, aux_count = (states.new_zeros(()) for _ in range(2))
+        if self.training and self.auxiliary is not None:
+            aux_sum, aux_count = self._auxiliary(batch, layout, states, content)
+        interest, match = self.encoder(states, candidate, layout, batch.mask)
         wide = (batch.wide.to(self.wide_mean.dtype) - self.wide_mean) / self.wide_sd
         features = [
             candidate,
@@ -136,11 +140,21 @@ class Dien(nn.Module):
             mean,
             candidate * self.project_mean(mean),
             wide,
+            match,
         ]
         logits = self.last(self.head(torch.cat(features, dim=1)))[:, 0]
         if self.wide_linear is not None:
             logits = logits + self.wide_linear(wide)[:, 0]
         return Output(logits if logits.dtype == torch.float64 else logits.float(), aux_sum, aux_count)
+
+    def embeddings(self) -> dict[str, nn.Embedding]:
+        """The table of each field of the vocabulary."""
+        return {
+            "item": self.item,
+            "category": self.category,
+            "shop": self.shop,
+            "event_type": self.event_type,
+        }
 
     def set_wide_statistics(self, mean: Tensor, sd: Tensor) -> None:
         """Store mean and standard deviation of the aggregates of the training rows; sd 0 counts as 1."""
@@ -186,25 +200,13 @@ class Dien(nn.Module):
             self.event_type(layout.pack(batch.hist_type)),
             self.gap(layout.pack(batch.hist_gap)),
         ]
+        if self.position is not None:
+            place = batch.length[layout.row] - 1 - layout.step
+            parts.append(self.position(place.clamp_max(_NUM_POSITIONS - 1)))
         return content, torch.cat(parts, dim=1)
 
     def _content(self, item: Tensor, category: Tensor) -> Tensor:
         return torch.cat([self.item(item), self.category(category)], dim=-1)
-
-    def _encode(
-        self, batch: Batch, layout: Packing, candidate_BV: Tensor, content_NE: Tensor, steps_ND: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Interest [B,H], sum and number of auxiliary losses."""
-        states_NH = self.extraction(steps_ND, layout)
-        aux_sum, aux_count = (states_NH.new_zeros(()) for _ in range(2))
-        if self.training and self.auxiliary is not None:
-            aux_sum, aux_count = self._auxiliary(batch, layout, states_NH, content_NE)
-        attention_N: Tensor | None = None
-        if self.query is not None and self.attention is not None:
-            score_N = self.attention(self.query(candidate_BV), states_NH, layout.row)
-            attention_N = layout.pack(masked_softmax(layout.unpack(score_N), batch.mask))
-        evolved_NH = self.evolution(states_NH, layout, attention_N)
-        return cast(Tensor, self.final_norm(layout.final(evolved_NH))), aux_sum, aux_count
 
     def _auxiliary(
         self, batch: Batch, layout: Packing, states_NH: Tensor, content_NE: Tensor

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Activation = Literal["sigmoid", "prelu", "dice"]
 Cell = Literal["augru_paper", "augru_official", "agru", "aigru", "gru"]
+
+#: Of running statistics. A run on a few thousand rows takes a few hundred steps: with the usual .01 they
+#: would still be near their start when the first epochs are validated.
+MOMENTUM = 0.1
 
 #: Lower edges in days of the gap buckets 1, 2, ...; bucket 0 is younger than a day. About a doubling each,
 #: with the weekly and monthly rhythms of shopping on an edge.
@@ -47,6 +52,14 @@ def masked_mean(value_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     wide = _at_least_float32(value_BTD).masked_fill(~mask_BT[..., None], 0.0)
     count = mask_BT.sum(-1, keepdim=True).clamp_min(1)
     return (wide.sum(-2) / count).to(value_BTD.dtype)
+
+
+def masked_max(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Greatest value over the real steps of each row, [B]; a row without any gives zero."""
+    if value_BT.shape[1] == 0:
+        return value_BT.sum(1)
+    lowest = value_BT.masked_fill(~mask_BT, torch.finfo(value_BT.dtype).min)
+    return lowest.amax(1).masked_fill(~mask_BT.any(1), 0.0)
 
 
 def _at_least_float32(value: Tensor) -> Tensor:
@@ -89,6 +102,17 @@ class Dice(nn.Module):
             p = torch.sigmoid(self.norm(value))
             return p * value + self.alpha * (1 - p) * value
         return torch.zeros_like(value).index_put(tuple(mask.nonzero().unbind(1)), self(value[mask]))
+
+
+def make_activation(name: Activation, width: int) -> nn.Module:
+    """Hidden activation of ``width`` channels; Dice takes valid positions only, so packed ones."""
+    match name:
+        case "sigmoid":
+            return nn.Sigmoid()
+        case "prelu":
+            return nn.PReLU()
+        case "dice":
+            return Dice(width, momentum=MOMENTUM)
 
 
 # ---------------------------------------------------------------------------------------------------- packing
@@ -300,43 +324,24 @@ def _write_slopes(cell: str, u: Tensor, a: Tensor | None) -> tuple[Tensor | floa
 
 
 # ---------------------------------------------------------------------------------------------------- scorers
-class SigmoidMlp(nn.Module):
-    """Linear layers with sigmoid hidden units and one output, after a first layer given as pre-activation."""
+class ScoreMlp(nn.Module):
+    """Linear layers with one output, after a first layer given as pre-activation."""
 
-    def __init__(self, dims: Sequence[int], last_bias: bool = True) -> None:
+    def __init__(
+        self, dims: Sequence[int], last_bias: bool = True, activation: Activation = "sigmoid"
+    ) -> None:
         """``dims`` are the hidden widths."""
         super().__init__()
         hidden = [nn.Linear(before, after) for before, after in pairwise(dims)]
         self.layers = nn.ModuleList([*hidden, nn.Linear(dims[-1], 1, bias=last_bias)])
+        self.activations = nn.ModuleList(make_activation(activation, width) for width in dims)
 
     def forward(self, first_NW: Tensor) -> Tensor:
         """Scores [N] of the first layer's pre-activations [N, dims[0]]."""
         value = first_NW
-        for layer in self.layers:
-            value = layer(torch.sigmoid(value))
+        for activate, layer in zip(self.activations, self.layers, strict=True):
+            value = layer(activate(value))
         return value[:, 0]
-
-
-class AttentionScorer(nn.Module):
-    """score = MLP([q, h, q - h, q h]), sigmoid hidden units.
-
-    The first layer is split, which is exact: (W_q + W_d) q once per row, (W_h - W_d) h + W_p (q h) per step.
-    Source: DIN's activation unit (arXiv 1706.06978) as DIEN's code uses it.
-    """
-
-    def __init__(self, width: int, dims: Sequence[int]) -> None:
-        """States and queries of ``width``; ``dims`` are the hidden widths."""
-        super().__init__()
-        self.first = nn.Linear(4 * width, dims[0])
-        self.rest = SigmoidMlp(dims, last_bias=False)  # a softmax follows, which no constant changes
-
-    def forward(self, query_BH: Tensor, state_NH: Tensor, row_N: Tensor) -> Tensor:
-        """Raw scores [N] of packed states, each against the query of its row."""
-        by_query, by_state, by_difference, by_product = self.first.weight.chunk(4, dim=1)
-        per_row = F.linear(query_BH, by_query + by_difference, self.first.bias)
-        per_step = F.linear(state_NH, by_state - by_difference)
-        product = F.linear(query_BH[row_N] * state_NH, by_product)
-        return cast(Tensor, self.rest(per_row[row_N] + per_step + product))
 
 
 class Scorer(Protocol):
@@ -355,7 +360,7 @@ class MlpScorer(nn.Module):
         super().__init__()
         self.first_state = nn.Linear(state_dim, dims[0])
         self.first_behaviour = nn.Linear(behaviour_dim, dims[0], bias=False)
-        self.rest = SigmoidMlp(dims)
+        self.rest = ScoreMlp(dims)
 
     def forward(self, state_NH: Tensor, *behaviours_NE: Tensor) -> list[Tensor]:
         """Logits [N] per behaviour."""

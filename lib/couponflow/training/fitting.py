@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,9 @@ from couponflow.training import feed, launch, metrics, registry
 from couponflow.training.launch import Workers
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from couponflow.models.batch import Batch
     from couponflow.models.bundle import Bundle
     from couponflow.models.dien import Dien
 
@@ -141,6 +144,7 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
         workers,
         folder / _CHECKPOINT,
         unsampled.correction,
+        embedding_penalty(network, train_feed, config, workers),
     )
     if fitted.train_rows != dataset.rows(_TRAIN):
         raise DataError(
@@ -217,6 +221,20 @@ def prepare(network: "Dien", rows: WideRows, config: Config) -> None:
         slope = np.divide(model.coef, model.sd, out=np.zeros_like(model.coef), where=varies)
         intercept = model.intercept + float(slope @ (rows.mean - model.mean))
         network.set_wide_linear(torch.from_numpy(slope * rows.sd).float(), intercept)
+
+
+def embedding_penalty(
+    network: "Dien", train_feed: feed.Feed, config: Config, workers: Workers
+) -> "Callable[[Batch], Tensor] | None":
+    """The regulariser of ``model.mba_weight``, after one more pass over the training rows; None at 0."""
+    from couponflow.training import regularisation
+
+    if not config.model.mba_weight:
+        return None
+    embeddings = network.embeddings()
+    sizes = {name: table.num_embeddings for name, table in embeddings.items()}
+    counts = regularisation.occurrences(train_feed.epoch(), sizes, workers)
+    return regularisation.MiniBatchAware(embeddings, counts, config.model.mba_weight, workers)
 
 
 def fit_logistic(config: Config, dataset: feed.Dataset) -> "Bundle":

@@ -86,12 +86,14 @@ def fit(
     workers: Workers,
     checkpoint: Path | None = None,
     valid_shift: float = 0.0,
+    regulariser: Callable[[Batch], Tensor] | None = None,
 ) -> Fitted:
     """Train until the validation log loss stops falling and leave the best weights in ``network``.
 
     ``train(epoch)`` and ``valid()`` give this rank's batches, equally many on every rank. Ties keep the
     earlier epoch. ``checkpoint`` receives the best state (rank 0), replaced whole. ``valid_shift`` is added
     to validation logits before their log loss: what undoes sampled training rows, which validation has not.
+    ``regulariser`` gives a term of the loss, the same on all ranks; no curve shows it.
     Collective: all ranks call it with the same arguments but for their batches. Without dropout a run
     repeats bit for bit for one rank and one thread; with it too, given the seed.
 
@@ -107,7 +109,7 @@ def fit(
     start = time.monotonic()
     for number in range(1, config.max_epochs + 1):
         train_loss, auxiliary_loss, rows = _train_epoch(
-            network, train(number), optimiser, config, auxiliary_weight, workers
+            network, train(number), optimiser, config, auxiliary_weight, workers, regulariser
         )
         logit, label = score(network, valid(), workers)
         if not logit.size or not np.isfinite(logit).all():  # gathered, so all ranks see it
@@ -155,7 +157,11 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def backward(
-    network: nn.Module, batch: Batch, auxiliary_weight: float, workers: Workers
+    network: nn.Module,
+    batch: Batch,
+    auxiliary_weight: float,
+    workers: Workers,
+    regulariser: Callable[[Batch], Tensor] | None = None,
 ) -> tuple[float, float, float, float]:
     """Leave the gradient of the global loss in every parameter, the same on all ranks.
 
@@ -177,6 +183,8 @@ def backward(
     loss = label_sum * (workers.size / label_count) if label_count else label_sum * 0.0
     if auxiliary_weight and aux_count:
         loss = loss + output.aux_sum * (auxiliary_weight * workers.size / aux_count)
+    if regulariser is not None:
+        loss = loss + regulariser(batch)
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
     parameters = list(network.parameters())
@@ -249,6 +257,7 @@ def _train_epoch(
     config: TrainingConfig,
     auxiliary_weight: float,
     workers: Workers,
+    regulariser: Callable[[Batch], Tensor] | None,
 ) -> tuple[float, float, int]:
     """One pass, running statistics shared at its end.
 
@@ -258,7 +267,7 @@ def _train_epoch(
     totals = np.zeros(4)
     rows = 0
     for batch in batches:
-        totals += backward(network, batch, auxiliary_weight, workers)
+        totals += backward(network, batch, auxiliary_weight, workers, regulariser)
         nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
         optimiser.step()
         rows += batch.size
