@@ -67,6 +67,10 @@ golden: install ## rewrite the expected files in tests/golden; review them as a 
 bench: install ## measure every speed claim (ONLY=file or claim), write bench/results.json
 	$(PYTHON) -m bench.run $(ONLY)
 
+.PHONY: quality
+quality: install ## verdicts on data nobody tuned on (ONLY=experiment; after make run), write bench/quality.json
+	$(PYTHON) -m bench.quality $(ONLY)
+
 .PHONY: wheel
 wheel: install ## the package and the jobs as one wheel, in dist/
 	$(UV) build --wheel --offline --no-build-isolation --out-dir dist 2>/dev/null || $(UV) build --wheel --out-dir dist
