@@ -273,6 +273,21 @@ def test_packing_round_trip() -> None:
     assert torch.equal(layout.unpack(layout.pack(value)), value)
     final = layout.final(layout.pack(value))
     assert torch.equal(final, torch.stack([value[0, 1], torch.zeros(2), value[2, 3], value[3, 0]]))
+    torch.testing.assert_close(layout.mean(layout.pack(value)), masked_mean(value, mask))
+    later = (layout.step > 0).nonzero()[:, 0]
+    assert torch.equal(layout.row[layout.previous(later)], layout.row[later])
+    assert torch.equal(layout.step[layout.previous(later)], layout.step[later] - 1)
+
+
+def test_packing_of_nothing() -> None:
+    for length in (torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)):
+        layout = packing(length, 3)
+        nothing = torch.zeros(0, 2, requires_grad=True)
+        assert layout.unpack(nothing).shape == (len(length), 3, 2)
+        assert layout.previous(torch.zeros(0, dtype=torch.int64)).tolist() == []
+        for found in (layout.mean(nothing), layout.final(nothing)):
+            assert found.tolist() == [[0.0, 0.0]] * len(length)
+            found.sum().backward()
 
 
 # --------------------------------------------------------------------------------------------------- scorers
@@ -289,12 +304,19 @@ def test_split_attention_equals_the_concatenated_form() -> None:
 def test_mlp_scorer_equals_the_concatenated_form() -> None:
     torch.manual_seed(0)
     scorer = MlpScorer(3, 2, (6, 4))
-    state, behaviours = torch.randn(5, 3), (torch.randn(5, 2), torch.randn(5, 2))
+    state, behaviour, negative = torch.randn(5, 3), torch.randn(5, 2), torch.randn(5, 2)
+    before, after = torch.tensor([0, 3, 1]), torch.tensor([2, 4, 3])
     weight = torch.cat([scorer.first_state.weight, scorer.first_behaviour.weight], dim=1)
-    for found, behaviour in zip(scorer(state, *behaviours), behaviours, strict=True):
-        first = nn.functional.linear(torch.cat([state, behaviour], dim=1), weight, scorer.first_state.bias)
+
+    def logit(e: Tensor) -> Tensor:
+        given = torch.cat([state[before], e[after]], dim=1)
+        first = nn.functional.linear(given, weight, scorer.first_state.bias)
         value = torch.sigmoid(scorer.rest.layers[0](torch.sigmoid(first)))
-        torch.testing.assert_close(found, scorer.rest.layers[1](value)[:, 0])
+        return scorer.rest.layers[1](value)[:, 0]  # type: ignore[no-any-return]  # a module of a list
+
+    expected = nn.functional.softplus(-logit(behaviour)) + nn.functional.softplus(logit(negative))
+    found = scorer(state, behaviour, negative, before, after)
+    torch.testing.assert_close(found, 0.5 * expected.sum())
 
 
 def test_dot_scorer_projects_only_when_widths_differ() -> None:
@@ -309,14 +331,15 @@ NEGATIVE = [[7.0, -1.0, 0.0], [7.0, 0.0, 5.0]]
 
 
 def auxiliary(lengths: list[int], num_steps: int = 3, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    padded = [
-        torch.nn.functional.pad(torch.tensor(rows, requires_grad=True), (0, num_steps - 3), value=4.0)[
-            ..., None
-        ]
+    layout = packing(torch.tensor(lengths), num_steps)
+    packed = [
+        layout.pack(
+            torch.nn.functional.pad(torch.tensor(rows, requires_grad=True), (0, num_steps - 3), value=4.0)
+        )[:, None]
         for rows in (STATE, BEHAVIOUR, NEGATIVE)
     ]
-    mask = torch.arange(num_steps) < torch.tensor(lengths)[:, None]
-    return auxiliary_sum_count(DotScorer(1, 1), *padded, mask if drawn is None else mask & drawn)
+    of_steps = torch.ones(len(layout.row), dtype=torch.bool) if drawn is None else layout.pack(drawn)
+    return auxiliary_sum_count(DotScorer(1, 1), layout, *packed, of_steps)
 
 
 @pytest.mark.parametrize("num_steps", [3, 5])
@@ -343,9 +366,9 @@ def test_pairs_without_a_negative_do_not_count() -> None:
 
 
 def test_a_confident_mistake_costs_its_logit() -> None:
-    state = torch.tensor([[[1.0], [0.0]]])
-    behaviour, negative = torch.tensor([[[0.0], [900.0]]]), torch.tensor([[[0.0], [40.0]]])
-    total, _ = auxiliary_sum_count(DotScorer(1, 1), state, behaviour, negative, torch.ones(1, 2).bool())
+    state, behaviour, negative = (torch.tensor(v)[:, None] for v in ([1.0, 0.0], [0.0, 900.0], [0.0, 40.0]))
+    layout, drawn = packing(torch.tensor([2]), 2), torch.ones(2).bool()
+    total, _ = auxiliary_sum_count(DotScorer(1, 1), layout, state, behaviour, negative, drawn)
     assert 2 * total.item() == pytest.approx(40.0)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from couponflow.models import kernels
 from couponflow.models.layers import Activation, Packing, ScoreMlp, masked_softmax
 from couponflow.sections import ModelConfig
 
@@ -31,7 +32,7 @@ class AttentionScorer(nn.Module):
     ) -> None:
         """Queries of ``width``, states of ``width + num_more``; ``dims`` are the hidden widths."""
         super().__init__()
-        self.width = width
+        self.width, self.activation = width, activation
         self.first = nn.Linear(4 * width + num_more, dims[0])
         self.rest = ScoreMlp(dims, last_bias=False, activation=activation)  # a softmax ignores constants
 
@@ -39,10 +40,16 @@ class AttentionScorer(nn.Module):
         """Raw scores [N] of packed states, each against the query of its row."""
         shared, by_more = self.first.weight.tensor_split([4 * self.width], dim=1)
         by_query, by_state, by_difference, by_product = shared.chunk(4, dim=1)
+        by_step = torch.cat([by_state - by_difference, by_more], dim=1)
+        if self.activation == "sigmoid":
+            with torch.autocast(state_NS.device.type, enabled=False):
+                query, state = (value.to(self.first.weight.dtype) for value in (query_BQ, state_NS))
+                per_row = F.linear(query, by_query + by_difference, self.first.bias)
+                tail = self.rest.tail()
+                return kernels.attention_scores(per_row, query, state, row_N, by_step, by_product, tail)
         per_row = F.linear(query_BQ, by_query + by_difference, self.first.bias)
-        per_step = F.linear(state_NS, torch.cat([by_state - by_difference, by_more], dim=1))
         product = F.linear(query_BQ[row_N] * state_NS[:, : self.width], by_product)
-        return cast(Tensor, self.rest(per_row[row_N] + per_step + product))
+        return cast(Tensor, self.rest(per_row[row_N] + F.linear(state_NS, by_step) + product))
 
 
 class BilinearScorer(nn.Module):

@@ -29,7 +29,6 @@ from couponflow.models.layers import (
     Packing,
     auxiliary_sum_count,
     embed_set,
-    masked_mean,
     packing,
 )
 from couponflow.sections import ModelConfig
@@ -126,7 +125,7 @@ class Dien(nn.Module):
         candidate = self._candidate(batch)
         layout = packing(batch.length, batch.hist_item.shape[1])
         content, steps = self._steps(batch, layout)
-        mean = masked_mean(layout.unpack(steps), batch.mask)
+        mean = layout.mean(steps)
         states = steps if self.extraction is None else self.extraction(steps, layout)
         aux_sum, aux_count = (states.new_zeros(()) for _ in range(2))
         if self.training and self.auxiliary is not None:
@@ -212,14 +211,10 @@ class Dien(nn.Module):
         self, batch: Batch, layout: Packing, states_NH: Tensor, content_NE: Tensor
     ) -> tuple[Tensor, Tensor]:
         assert self.auxiliary is not None
-        drawn_BT = batch.mask & ((batch.neg_item > 0) | (batch.neg_category > 0))
-        return auxiliary_sum_count(
-            self.auxiliary,
-            layout.unpack(states_NH),
-            layout.unpack(content_NE),
-            self._content(batch.neg_item, batch.neg_category),
-            drawn_BT,
-        )
+        item_N, category_N = layout.pack(batch.neg_item), layout.pack(batch.neg_category)
+        negative_NE = self._content(item_N, category_N)
+        drawn_N = (item_N > 0) | (category_N > 0)
+        return auxiliary_sum_count(self.auxiliary, layout, states_NH, content_NE, negative_NE, drawn_N)
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from couponflow.models.attention import Attention
-from couponflow.models.layers import GruCell, Packing, masked_max, masked_mean
+from couponflow.models.layers import GruCell, Packing, masked_max
 from couponflow.sections import ModelConfig
 
 _STATIC_WIDTH = 128
@@ -86,7 +86,7 @@ class MeanPool(Encoder):
 
     def forward(self, states_NS: Tensor, candidate_BV: Tensor, layout: Packing, mask_BT: Tensor) -> Encoded:
         """As in ``Encoder``."""
-        return _without_match(masked_mean(layout.unpack(states_NS), mask_BT))
+        return _without_match(layout.mean(states_NS))
 
 
 class Static(Encoder):
@@ -105,7 +105,7 @@ class Static(Encoder):
 
     def forward(self, states_NS: Tensor, candidate_BV: Tensor, layout: Packing, mask_BT: Tensor) -> Encoded:
         """As in ``Encoder``."""
-        return _without_match(self.mlp(masked_mean(layout.unpack(states_NS), mask_BT)))
+        return _without_match(self.mlp(layout.mean(states_NS)))
 
 
 class Din(Encoder):

@@ -8,12 +8,15 @@ Nothing here depends on padding or, in eval mode, on the other rows of the batch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from couponflow.models import kernels
 
 Activation = Literal["sigmoid", "prelu", "dice"]
 Cell = Literal["augru_paper", "augru_official", "agru", "aigru", "gru"]
@@ -132,20 +135,37 @@ class Packing:
     filled: Tensor
     shape: tuple[int, int]
 
+    @cached_property
+    def _place(self) -> Tensor:
+        return self.row * self.shape[1] + self.step
+
     def pack(self, value_BT: Tensor) -> Tensor:
         """Real positions of a [B,T,...] tensor, [N,...]."""
-        return value_BT[self.row, self.step]
+        return value_BT.flatten(0, 1).index_select(0, self._place)
 
     def unpack(self, value_N: Tensor) -> Tensor:
         """Back to [B,T,...], zeros on padding."""
-        padded = value_N.new_zeros(*self.shape, *value_N.shape[1:])
-        return padded.index_put((self.row, self.step), value_N)
+        rows, steps = self.shape
+        padded = value_N.new_zeros(rows * steps, *value_N.shape[1:]).index_copy(0, self._place, value_N)
+        return padded.view(rows, steps, *value_N.shape[1:])
+
+    def previous(self, position_P: Tensor) -> Tensor:
+        """Packed position of the step before, of positions that are no first step."""
+        sizes = torch.tensor(self.sizes, device=position_P.device, dtype=torch.int64)
+        return position_P - sizes[self.step[position_P] - 1]
+
+    def mean(self, value_ND: Tensor) -> Tensor:
+        """Mean over each row's steps, [B,D]; zeros for an empty row."""
+        total = kernels.row_sums(_at_least_float32(value_ND), self.sizes)
+        return self._by_row((total / (self.step[self.last] + 1)[:, None]).to(value_ND.dtype))
 
     def final(self, value_ND: Tensor) -> Tensor:
         """Value at each row's last step, [B,D]; zeros for an empty row."""
-        return value_ND.new_zeros(self.shape[0], value_ND.shape[1]).index_copy(
-            0, self.filled, value_ND[self.last]
-        )
+        return self._by_row(value_ND.index_select(0, self.last))
+
+    def _by_row(self, value: Tensor) -> Tensor:
+        """From the non-empty rows, longest first, to all rows in the batch's order."""
+        return value.new_zeros(self.shape[0], value.shape[1]).index_copy(0, self.filled, value)
 
 
 def packing(length_B: Tensor, num_steps: int) -> Packing:
@@ -208,18 +228,18 @@ class GruCell(nn.Module):
         if a_N1 is None and self.cell != "gru":
             raise ValueError(f"cell {self.cell} needs attention")
         x = x_ND * a_N1 if self.cell == "aigru" and a_N1 is not None else x_ND
-        pre_NG = F.linear(x, self.weight_input, self.bias_input)
-        with torch.autocast(pre_NG.device.type, enabled=False):  # long products of gates need float32
+        with torch.autocast(x_ND.device.type, enabled=False):  # long products of gates need float32
             dtype = self.weight_state.dtype
-            states = _Recurrence.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-                pre_NG.to(dtype),
+            return kernels.gru_states(
+                x.to(dtype),
+                self.weight_input,
+                self.bias_input,
                 self.weight_state,
                 self.bias_state,
                 None if a_N1 is None or self.cell == "aigru" else a_N1.to(dtype),
                 layout.sizes,
                 self.cell,
             )
-        return cast(Tensor, states)
 
 
 def _write_weight(cell: str, u: Tensor, a: Tensor | None) -> Tensor:
@@ -228,99 +248,6 @@ def _write_weight(cell: str, u: Tensor, a: Tensor | None) -> Tensor:
     if cell == "agru":
         return a.expand_as(u)
     return a * u if cell == "augru_paper" else 1 - (1 - a) * (1 - u)
-
-
-class _Recurrence(torch.autograd.Function):
-    """The time loop of ``GruCell.forward`` with a hand-written backward.
-
-    Only rows that are alive take part in a step. Both loops work on one step's rows at a time, which stay in
-    the processor's cache; the only arrays over all N positions are those that must outlive their step.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        pre_NG: Tensor,
-        weight_GH: Tensor,
-        bias_H: Tensor,
-        attention_N1: Tensor | None,
-        sizes: tuple[int, ...],
-        cell: str,
-    ) -> Tensor:
-        num_steps, hidden = pre_NG.shape[0], weight_GH.shape[1]
-        states, inner, content = (pre_NG.new_empty(num_steps, hidden) for _ in range(3))
-        gates = pre_NG.new_empty(num_steps, 2 * hidden)
-        weight_HG = weight_GH.t()
-        state = pre_NG.new_zeros(sizes[0] if sizes else 0, hidden)
-        buffer = pre_NG.new_empty(len(state), 3 * hidden)  # one for all steps: a fresh one costs page faults
-        start = 0
-        for size in sizes:
-            now = slice(start, start + size)
-            start += size
-            state = state[:size]
-            projected = torch.mm(state, weight_HG, out=buffer[:size])
-            torch.add(pre_NG[now, : 2 * hidden], projected[:, : 2 * hidden], out=gates[now]).sigmoid_()
-            torch.add(projected[:, 2 * hidden :], bias_H, out=inner[now])
-            u, r = gates[now, :hidden], gates[now, hidden:]
-            c = torch.addcmul(pre_NG[now, 2 * hidden :], r, inner[now], out=content[now]).tanh_()
-            a = None if attention_N1 is None else attention_N1[now]
-            state = torch.addcmul(state, _write_weight(cell, u, a), c - state, out=states[now])
-        ctx.save_for_backward(weight_GH, attention_N1, states, inner, content, gates)
-        ctx.sizes, ctx.cell = sizes, cell
-        return states
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        weight_GH, attention_N1, states, inner, content, gates = ctx.saved_tensors
-        sizes, hidden = ctx.sizes, weight_GH.shape[1]
-        grad_pre = states.new_empty(len(states), 3 * hidden)
-        grad_a = None if attention_N1 is None else torch.empty_like(attention_N1)
-        grad_weight, grad_bias = torch.zeros_like(weight_GH), states.new_zeros(hidden)
-        buffer = states.new_empty(sizes[0] if sizes else 0, 3 * hidden)  # of U h + b', blocks u, r, c
-        end, carried = len(states), None
-        for step in range(len(sizes) - 1, -1, -1):
-            size = sizes[step]
-            now = slice(end - size, end)
-            end -= size
-            before = states[end - sizes[step - 1] :][:size] if step else states.new_zeros(size, hidden)
-            u, r, c = gates[now, :hidden], gates[now, hidden:], content[now]
-            a = None if attention_N1 is None else attention_N1[now]
-            w = _write_weight(ctx.cell, u, a)
-            by_u, by_a = _write_slopes(ctx.cell, u, a)
-            d = gradients[0][now]
-            if carried is not None and len(carried) == size:
-                d = d + carried
-            elif carried is not None:
-                d = d.clone()
-                d[: len(carried)] += carried
-            by_weight = d * (c - before)
-            g_c = _tanh_backward(d * w, c)
-            projected = buffer[:size]
-            projected[:, :hidden] = _sigmoid_backward(by_weight * by_u, u)
-            projected[:, hidden : 2 * hidden] = _sigmoid_backward(g_c * inner[now], r)
-            torch.mul(g_c, r, out=projected[:, 2 * hidden :])
-            grad_pre[now, : 2 * hidden] = projected[:, : 2 * hidden]
-            grad_pre[now, 2 * hidden :] = g_c
-            if grad_a is not None:
-                grad_a[now] = (by_weight * by_a).sum(1, keepdim=True)
-            grad_weight.addmm_(projected.t(), before)
-            grad_bias += projected[:, 2 * hidden :].sum(0)
-            carried = torch.addmm(torch.addcmul(d, d, w, value=-1), projected, weight_GH)
-        return grad_pre, grad_weight, grad_bias, grad_a, None, None
-
-
-_sigmoid_backward = torch.ops.aten.sigmoid_backward  # gradient from the sigmoid's own output, in one pass
-_tanh_backward = torch.ops.aten.tanh_backward
-
-
-def _write_slopes(cell: str, u: Tensor, a: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
-    """Derivatives of the write weight by u and by a."""
-    if a is None or cell in ("gru", "aigru"):
-        return 1.0, 0.0
-    if cell == "agru":
-        return 0.0, 1.0
-    return (a, u) if cell == "augru_paper" else (1 - a, 1 - u)
 
 
 # ---------------------------------------------------------------------------------------------------- scorers
@@ -343,12 +270,19 @@ class ScoreMlp(nn.Module):
             value = layer(activate(value))
         return value[:, 0]
 
+    def tail(self) -> list[Tensor | None]:
+        """Weight and bias, or None, of each layer, as the kernels take them."""
+        layers = cast(Sequence[nn.Linear], self.layers)
+        return [value for layer in layers for value in (layer.weight, layer.bias)]
 
-class Scorer(Protocol):
-    """Logits [N] that a state [N,H] is followed by each of some behaviours [N,E]."""
 
-    def __call__(self, state_NH: Tensor, *behaviours_NE: Tensor) -> list[Tensor]:
-        """One tensor of logits per behaviour."""
+class PairScorer(Protocol):
+    """Sum of the losses of pairs: half of softplus(-f(h, e)) + softplus(f(h, n)), with logits f."""
+
+    def __call__(
+        self, state_NH: Tensor, behaviour_NE: Tensor, negative_NE: Tensor, before_P: Tensor, after_P: Tensor
+    ) -> Tensor:
+        """Pair p meets the state at ``before_P[p]`` with behaviour and negative at ``after_P[p]``."""
         ...
 
 
@@ -362,10 +296,24 @@ class MlpScorer(nn.Module):
         self.first_behaviour = nn.Linear(behaviour_dim, dims[0], bias=False)
         self.rest = ScoreMlp(dims)
 
-    def forward(self, state_NH: Tensor, *behaviours_NE: Tensor) -> list[Tensor]:
-        """Logits [N] per behaviour."""
-        shared = self.first_state(state_NH)
-        return [self.rest(shared + self.first_behaviour(behaviour)) for behaviour in behaviours_NE]
+    def forward(
+        self, state_NH: Tensor, behaviour_NE: Tensor, negative_NE: Tensor, before_P: Tensor, after_P: Tensor
+    ) -> Tensor:
+        """Sum of the losses, as in ``PairScorer``."""
+        with torch.autocast(state_NH.device.type, enabled=False):
+            dtype = self.first_state.weight.dtype
+            state, behaviour, negative = (value.to(dtype) for value in (state_NH, behaviour_NE, negative_NE))
+            return kernels.pair_losses(
+                state,
+                behaviour,
+                negative,
+                before_P,
+                after_P,
+                self.first_state.weight,
+                self.first_state.bias,
+                self.first_behaviour.weight,
+                self.rest.tail(),
+            )
 
 
 class DotScorer(nn.Module):
@@ -377,23 +325,34 @@ class DotScorer(nn.Module):
         same = state_dim == behaviour_dim
         self.project = nn.Identity() if same else nn.Linear(state_dim, behaviour_dim, bias=False)
 
-    def forward(self, state_NH: Tensor, *behaviours_NE: Tensor) -> list[Tensor]:
-        """Logits [N] per behaviour."""
-        projected = self.project(state_NH)
-        return [(projected * behaviour).sum(-1) for behaviour in behaviours_NE]
+    def forward(
+        self, state_NH: Tensor, behaviour_NE: Tensor, negative_NE: Tensor, before_P: Tensor, after_P: Tensor
+    ) -> Tensor:
+        """Sum of the losses, as in ``PairScorer``."""
+        projected = self.project(state_NH.index_select(0, before_P))
+        positive, negative = (
+            _at_least_float32((projected * value.index_select(0, after_P)).sum(-1))
+            for value in (behaviour_NE, negative_NE)
+        )
+        return 0.5 * (F.softplus(-positive) + F.softplus(negative)).sum()
 
 
 def auxiliary_sum_count(
-    scorer: Scorer, state_BTH: Tensor, behaviour_BTE: Tensor, negative_BTE: Tensor, drawn_BT: Tensor
+    scorer: PairScorer,
+    layout: Packing,
+    state_NH: Tensor,
+    behaviour_NE: Tensor,
+    negative_NE: Tensor,
+    drawn_N: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Score how well each state tells the next behaviour from a sampled negative.
 
-    Shapes: ``state_BTH`` state after each step; ``behaviour_BTE``, ``negative_BTE`` embeddings of the true
-        and the sampled item of each step; ``drawn_BT`` true where the step is real and has a negative.
+    Shapes: all packed by ``layout``; ``state_NH`` state after each step; ``behaviour_NE``, ``negative_NE``
+        embeddings of the true and the sampled item of each step; ``drawn_N`` true where a negative was drawn.
         Returns the sum of losses and the number of pairs, both scalars: the mean is taken after the
         all-reduce, because a mean of rank means is another number.
     Rule: state t meets step t+1; a pair costs half of (cross entropy of the positive as 1 + of the negative
-        as 0) and counts iff ``drawn_BT`` holds at t+1, so more padding never changes the sum.
+        as 0) and counts iff ``drawn_N`` holds at t+1.
     Empty: no valid pair gives sum 0 with a gradient path and count 0.
     Numerics: logits throughout; a negative with logit 40 costs 20, not infinity.
     Source: DIEN, arXiv 1809.03672; the half is ours.
@@ -403,11 +362,9 @@ def auxiliary_sum_count(
         state [1 2 .]  behaviour [. 1 1]  negative [. -1 0]    logits + [1 2]  - [-1 0]
         state [1 . .]  behaviour [. 2 .]  negative [.  0 .]    logits + [2]    - [0]    -> 1.133337, 3 pairs
     """
-    valid_BT = drawn_BT[:, 1:]
-    behaviour, negative = behaviour_BTE[:, 1:][valid_BT], negative_BTE[:, 1:][valid_BT]
-    positive_logit, negative_logit = scorer(state_BTH[:, :-1][valid_BT], behaviour, negative)
-    losses = F.softplus(-_at_least_float32(positive_logit)) + F.softplus(_at_least_float32(negative_logit))
-    return 0.5 * losses.sum(), valid_BT.sum().to(losses.dtype)
+    after_P = (drawn_N & (layout.step > 0)).nonzero()[:, 0]
+    total = scorer(state_NH, behaviour_NE, negative_NE, layout.previous(after_P), after_P)
+    return total, total.new_tensor(len(after_P))
 
 
 # ------------------------------------------------------------------------------------------------- embeddings
