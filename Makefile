@@ -64,12 +64,15 @@ golden: install ## rewrite the expected files in tests/golden; review them as a 
 	COUPONFLOW_GOLDEN=1 $(PYTHON) -m pytest -q tests/unit -k golden
 
 .PHONY: bench
-bench: install ## measure every speed claim (ONLY=file or claim), write bench/results.json
+bench: install bench-peers ## measure every speed claim (ONLY=file or claim), write bench/results.json
 	$(PYTHON) -m bench.run $(ONLY)
 
 .PHONY: quality
 quality: install ## verdicts on data nobody tuned on (ONLY=experiment; after make run), write bench/quality.json
 	$(PYTHON) -m bench.quality $(ONLY)
+
+.PHONY: bench-peers
+bench-peers: .stamps/peers ## the environment in which bench/peers.py runs public packages
 
 .PHONY: wheel
 wheel: install ## the package and the jobs as one wheel, in dist/
@@ -105,6 +108,13 @@ install: .stamps/env .stamps/jars ## uv, the locked environment with the Horovod
 .stamps/jars: .stamps/env deploy/build/fetch_jars.py
 	@echo "==> Delta jars"
 	@$(PYTHON) deploy/build/fetch_jars.py .cache/ivy
+	@touch $@
+
+# Their pins contradict one another and ours: each line of the file overrides what the packages ask for.
+.stamps/peers: .stamps/uv bench/peers.txt
+	@echo "==> environment of the peers (about 1.5 GB beside torch, which comes from the cache of uv)"
+	@python3.11 -m venv --without-pip --clear .tools/peers
+	@$(UV) pip install --quiet --python .tools/peers/bin/python -r bench/peers.txt --override bench/peers.txt
 	@touch $@
 
 .stamps/gcs:

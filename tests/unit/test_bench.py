@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import run
+from bench import peers, run
 from bench.run import Claim
 
 NAMES = {
@@ -20,6 +20,16 @@ NAMES = {
     "one_day_vs_full",
     "feed_vs_pyarrow",
     "raw_to_examples",
+    "augru_vs_gru",
+    "memory",
+    "scaling_2_ranks",
+    "feed_bound",
+    *(
+        f"dien_{mode}_vs_{peer}_{shape}"
+        for mode in ("train", "infer")
+        for peer in ("deepctr", "best_peer")
+        for shape in ("padded", "ragged")
+    ),
 }
 
 
@@ -58,3 +68,19 @@ def test_measured_claims_replace_their_lines_and_others_stay(
 def test_ratios_are_medians_over_rounds() -> None:
     rounds = [{"a": 4.0, "b": 2.0}, {"a": 9.0, "b": 3.0}, {"a": 1.0, "b": 1.0}]
     assert run.median_ratio(rounds, "a", "b") == 2.0
+
+
+def test_peer_claims_come_from_the_rounds_of_their_cell() -> None:
+    names = ("dien_train_vs_best_peer_ragged", "dien_train_vs_deepctr_ragged", "dien_infer_vs_deepctr_padded")
+    assert peers.cells(names) == ["train_ragged", "infer_padded"]
+    rounds = [
+        {"couponflow": 1.0, "deepctr-torch": 6.0, "torch-rechub": 3.0, "fuxictr": 2.0},
+        {"couponflow": 2.0, "deepctr-torch": 8.0, "torch-rechub": 4.0, "fuxictr": 2.0},
+        {"couponflow": 1.0, "deepctr-torch": 5.0, "torch-rechub": 3.0, "fuxictr": 2.0},
+    ]
+    best, reference = sorted(peers.claims_of("train_ragged", rounds, names), key=lambda claim: claim.name)
+    assert (best.value, reference.value) == (3.0, 5.0)  # fuxictr trains without the auxiliary loss
+    assert best.rival.startswith("torch-rechub, 341 rows/s against 1,024")
+    scored = peers.claims_of("infer_padded", rounds, ("dien_infer_vs_best_peer_padded",))
+    assert [(claim.value, claim.bound) for claim in scored] == [(2.0, 1.4)]
+    assert set(peers.BOUNDS) == set(peers.CLAIMS)
