@@ -126,6 +126,14 @@ def test_row_sums(sizes: tuple[int, ...]) -> None:
     assert_same(kernels.row_sums(value, sizes), expected, [value])
 
 
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (2, 0)], ids=str)
+@pytest.mark.parametrize("padding", [0, None])
+def test_lookup(shape: tuple[int, ...], padding: int | None) -> None:
+    torch.manual_seed(0)
+    weight, ids = random(4, 3), torch.randint(4, shape)
+    assert_same(kernels.lookup(weight, ids, padding), F.embedding(ids, weight, padding), [weight])
+
+
 def test_blocks_cover_the_steps_in_order() -> None:
     assert kernels._blocks((4, 4, 2, 1, 1), 5) == [range(0, 2), range(2, 5)]
     assert kernels._blocks((4, 4), 1) == [range(0, 1), range(1, 2)]

@@ -23,6 +23,7 @@ from couponflow.models.layers import (
     MOMENTUM,
     Dice,
     DotScorer,
+    Embedding,
     GapEmbedding,
     GruCell,
     MlpScorer,
@@ -81,10 +82,10 @@ class Dien(nn.Module):
         candidate = content + config.shop_dim
         step = candidate + config.type_dim + config.gap_dim + config.position_dim
 
-        self.item = nn.Embedding(sizes["item"], config.item_dim, padding_idx=0)
-        self.category = nn.Embedding(sizes["category"], config.category_dim, padding_idx=0)
-        self.shop = nn.Embedding(sizes["shop"], config.shop_dim, padding_idx=0)
-        self.event_type = nn.Embedding(sizes["event_type"], config.type_dim, padding_idx=0)
+        self.item = Embedding(sizes["item"], config.item_dim, padding_idx=0)
+        self.category = Embedding(sizes["category"], config.category_dim, padding_idx=0)
+        self.shop = Embedding(sizes["shop"], config.shop_dim, padding_idx=0)
+        self.event_type = Embedding(sizes["event_type"], config.type_dim, padding_idx=0)
         self.gap = GapEmbedding(config.gap_dim)
 
         self.position: nn.Embedding | None = None
