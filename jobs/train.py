@@ -1,7 +1,7 @@
 """training_examples of a pinned version -> a registered model bundle. The splits come from the config.
 
-`--dates` names the as_of days the examples cover; it is recorded and does not select rows. A DIEN is trained
-on `training.num_ranks` Horovod processes, which this job starts itself. The test split is never opened.
+`--dates` are the as_of days of the examples; they are recorded and select no rows. A DIEN is trained on
+`training.num_ranks` Horovod processes, and goes on where a run has died. The test split is never opened.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ import typer
 from couponflow.entry import (
     ConfigPath,
     Dates,
+    FromScratch,
     LogJson,
     Model,
     Overrides,
@@ -29,7 +30,7 @@ RunFolder = Annotated[Path | None, typer.Option("--run-folder", hidden=True, hel
 def run(job: Run) -> None:
     """Fit, calibrate and register the model kind that the run names."""
     argv = fitting.rank_argv(__file__, str(job.dates), job.model)
-    rows, facts = fitting.train(job.config, job.model, job.run_id, argv)
+    rows, facts = fitting.train(job.config, job.model, job.run_id, argv, job.from_scratch)
     job.rows.update(rows)
     job.facts.update(facts)
 
@@ -39,6 +40,7 @@ def main(
     config: ConfigPath,
     dates: Dates,
     model: Model,
+    from_scratch: FromScratch = False,
     overrides: Overrides = None,
     log_json: LogJson = False,
     run_folder: RunFolder = None,
@@ -49,6 +51,7 @@ def main(
         fitting.run_rank(run_folder, model)
         return
     with open_run("train", config, overrides, dates, model=model, log_json=log_json) as job:
+        job.from_scratch = from_scratch
         run(job)
         typer.echo(job.facts.get("model_version", ""))
 

@@ -12,7 +12,7 @@ from couponflow import checks, console, pipeline, upkeep
 from couponflow.commands import DEFAULT_CONFIG, AsJson, DryRun, LazySpark, errors_as_exit_codes
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange, parse_day
-from couponflow.entry import Campaign, ConfigPath, Dates, Model, Overrides, record_run
+from couponflow.entry import Campaign, ConfigPath, Dates, FromScratch, Model, Overrides, record_run
 from couponflow.errors import ConfigError
 from couponflow.lake import leases, runs, storage
 
@@ -82,6 +82,7 @@ def one_job(
     config: ConfigPath = DEFAULT_CONFIG,
     campaign: Campaign = "",
     model: Model = "",
+    from_scratch: FromScratch = False,
     overrides: Overrides = None,
 ) -> None:
     """Run one job over one date range, in this process.
@@ -89,7 +90,7 @@ def one_job(
     Example: couponflow job sessionize --dates 2017-10-01:2017-10-31
     """
     with errors_as_exit_codes():
-        _run_job(name, _load(config, overrides), dates, campaign, model)
+        _run_job(name, _load(config, overrides), dates, campaign, model, from_scratch)
 
 
 @app.command()
@@ -369,11 +370,16 @@ def _by_stage(outcomes: list[pipeline.Outcome]) -> dict[str, runs.RunRecord]:
     return {outcome.stage.name: outcome.record for outcome in outcomes}
 
 
-def _run_job(name: str, settings: Config, dates: DateRange, campaign: str, model: str) -> None:
+def _run_job(
+    name: str, settings: Config, dates: DateRange, campaign: str, model: str, from_scratch: bool
+) -> None:
     pipeline.check_arguments(name, campaign, model)
+    if from_scratch and name != "train":
+        raise ConfigError(f"job {name} has no checkpoints; leave --from-scratch out")
     job = pipeline.load_job(name)
     session = LazySpark(settings)
     with record_run(name, settings, dates, campaign, model) as record:
+        record.from_scratch = from_scratch
         if name in pipeline.WITHOUT_SPARK:
             job.run(record)
         else:

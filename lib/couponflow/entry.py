@@ -23,13 +23,17 @@ log = logging.getLogger("couponflow")
 
 @dataclass
 class Run:
-    """One execution of a job: what it may read (config, dates, arguments) and the record it fills."""
+    """One execution of a job: what it may read (config, dates, arguments) and the record it fills.
+
+    ``from_scratch``: leave the checkpoints of a run that died; only training has any.
+    """
 
     config: Config
     dates: DateRange
     record: runs.RunRecord
     campaign: str = ""
     model: str = ""
+    from_scratch: bool = False
 
     @property
     def root_uri(self) -> str:
@@ -85,6 +89,9 @@ Overrides = Annotated[
 ]
 Campaign = Annotated[str, typer.Option("--campaign", help="Campaign id, such as 18.")]
 Model = Annotated[str, typer.Option("--model", help="Model kind: logistic, dien or blend.")]
+FromScratch = Annotated[
+    bool, typer.Option("--from-scratch", help="Train without the checkpoints of a run that died.")
+]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Log lines as JSON, for machines.")]
 
 

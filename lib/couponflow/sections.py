@@ -350,6 +350,20 @@ class TrainingConfig(Section):
         default=3, ge=1, description="Epochs without a better validation log loss before stopping."
     )
     learning_rate: float = Field(default=1e-3, gt=0.0, le=1.0, description="Adam step size.")
+    lr_scaling: Literal["none", "linear", "sqrt"] = Field(
+        default="none",
+        description="Factor of learning_rate by the number of ranks. batch_size is that of all ranks, so "
+        "ranks alone need none; who raises batch_size with them takes their number, or its square root.",
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps over which the learning rate rises from 0; 0 starts at its full."
+    )
+    plateau_epochs: int = Field(
+        default=2,
+        ge=0,
+        description="Epochs without a better validation log loss after which the learning rate is halved; "
+        "0 never halves it. Below patience, or training stops first.",
+    )
     weight_decay: float = Field(
         default=0.0,
         ge=0.0,
@@ -366,8 +380,22 @@ class TrainingConfig(Section):
     logistic_c: float = Field(
         default=0.1, gt=0.0, description="Inverse L2 strength of the logistic champion."
     )
+    gradient_compression: Literal["none", "fp16"] = Field(
+        default="none",
+        description="Precision in which ranks exchange gradients: fp16 halves the bytes and rounds them.",
+    )
     start_timeout_seconds: int = Field(
         default=120, ge=1, description="Seconds Horovod waits for its ranks to start."
+    )
+    stall_seconds: float = Field(
+        default=300.0,
+        gt=0.0,
+        description="Seconds. When a rank makes no step for so long, all ranks are killed (exit code 5).",
+    )
+    checkpoint_steps: int = Field(
+        default=1000,
+        ge=0,
+        description="Steps of an epoch between two checkpoints; 0 writes them at the end of epochs only.",
     )
 
 

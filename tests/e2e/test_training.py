@@ -9,19 +9,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
+from training_lake import make_lake, make_row
 
 from couponflow.errors import DataError
 from couponflow.lake import layouts, runs
 from couponflow.models.batch import Batch, empty_batch, random_batch
 from couponflow.sections import TrainingConfig
 from couponflow.training import feed, launch, registry, trainer
+from couponflow.training.checkpoints import Identity, Store
 
-SIZES = {"item": 40, "category": 12, "shop": 6, "event_type": 9}
 WIDE = 4
 
 
@@ -45,7 +44,24 @@ class Plain(nn.Module):
         return Output(self.last(hidden)[:, 0], (hidden.pow(2).sum(1) * pairs).sum(), pairs.sum())
 
 
-def one_rank(workers: launch.Workers) -> None:
+class Poisoned(Plain):
+    """No score for the row whose first aggregate is this."""
+
+    def __init__(self, poison: float, num_wide: int) -> None:
+        super().__init__()
+        self.hidden, self.poison = nn.Linear(num_wide, 6), poison
+
+    def forward(self, batch: Batch) -> Output:
+        found = super().forward(batch)
+        bad = batch.wide[:, 0] == self.poison
+        return Output(torch.where(bad, torch.full_like(found.logits, torch.nan), found.logits), *found[1:])
+
+
+#: A row of the second file, whose one row group is the second rank's.
+POISON = 1033
+
+
+def one_rank(workers: launch.Workers, root: str) -> None:
     """Same gradients as one rank, a rank without data, uneven gathers, then a NaN on rank 1 only."""
     batches = [random_batch(torch.Generator().manual_seed(n), 8, num_wide=WIDE) for n in range(3)]
     own = [b.take([0, 1, 2] if workers.rank == 0 else [3, 4, 5, 6, 7]) for b in batches]
@@ -72,77 +88,48 @@ def one_rank(workers: launch.Workers) -> None:
     norm.running_mean.fill_(float(workers.rank))
     trainer.average_statistics(norm, workers, 3)
     assert (norm.running_mean.item(), norm.running_var.item()) == pytest.approx((0.5, 1.25))
-    before = [p.clone() for p in together.parameters()]
-    bad = Batch(**(vars(own[0]) | {"wide": own[0].wide * float("nan")})) if workers.rank else own[0]
+    exact = [p.grad.clone() for p in together.parameters()]
+    trainer.backward(together, idle[0], 0.5, workers, half=True)
+    for left, right in zip(exact, together.parameters(), strict=True):
+        torch.testing.assert_close(right.grad, left, rtol=2e-3, atol=2e-4)
+        assert not torch.equal(right.grad, left)
+    opened = feed.Feed(feed.load_manifest(root), "train", workers, 64, 1000, 1)
+    row = make_row(POISON, "train")
+    network = Poisoned(float(np.frombuffer(row["wide"], "<f4")[0]), len(layouts.WIDE_FEATURES))
+    seen: list[int] = []
+    store = Store(f"{root}/work/checkpoints-test", Identity("s", "d", 2))
+    config = TrainingConfig(checkpoint_steps=1)
     try:
-        trainer.fit(together, lambda n: [bad], lambda: own, config, 0.5, workers)
+        trainer.fit(
+            network, opened.epoch, lambda: own, config, 0.5, workers, store,
+            report=lambda phase, epoch, step: seen.append(step), locate=opened.locate,
+        )  # fmt: skip
     finally:
-        assert all(torch.equal(a, b) for a, b in zip(before, together.parameters(), strict=True))
+        Path(root, f"steps-{workers.rank}").write_text(str(max(seen)))
 
 
-def test_two_gloo_ranks_equal_one_and_a_nan_stops_both(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="rank 0: loss is not finite on rank 1"):
-        launch.run(2, [sys.executable, str(Path(__file__).resolve()), str(tmp_path)], tmp_path)
+def test_two_gloo_ranks_equal_one_and_a_nan_stops_both(lake: tuple[str, str], tmp_path: Path) -> None:
+    """Both stop at the same step, name the row, and leave what they had learnt before it."""
+    _, root = lake
+    file = f"{Path(root, 'tables/training_examples/1.parquet').as_uri()}"
+    place = rf"^rank 0: loss is not finite on rank 1 \(row 33 of row group 0 of {file}\); no step was taken"
+    with pytest.raises(DataError, match=place) as caught:
+        launch.run(2, [sys.executable, str(Path(__file__).resolve()), str(tmp_path), root], tmp_path)
+    assert caught.value.exit_code == 3
     notes = [json.loads((tmp_path / f"error-{rank}.json").read_text()) for rank in range(2)]
     assert notes[0] == notes[1]
-
-
-def make_row(number: int, split: str) -> dict[str, object]:
-    """The label depends on the first aggregate and on whether the history holds the target's category."""
-    generator = np.random.default_rng(number)
-    length = int(generator.integers(0, 9))
-    history = np.c_[
-        generator.integers(1, 40, length),
-        generator.integers(2, 12, length),
-        generator.integers(1, 6, length),
-        generator.integers(2, 9, length),
-        np.sort(generator.integers(0, 90_000, length))[::-1],
-    ]
-    target = np.array([[0, generator.integers(2, 12), 0], [5, 0, 0]])
-    wide = generator.normal(size=len(layouts.WIDE_FEATURES))
-    logit = 2.0 * wide[0] + 2.0 * bool(np.isin(history[:, 1], target[0, 1]).any()) - 1.5
-    return {
-        "example_id": f"c{number % 2}:u{number // 2}:2024-01-10",
-        "user_id": f"u{number // 2}",
-        "target_id": f"c{number % 2}",
-        "split": split,
-        "vocabulary_version": "voc-1",
-        "label": int(generator.random() < 1 / (1 + np.exp(-logit))),
-        "history": history.astype("<i4").tobytes(),
-        "negatives": generator.integers(1, 12, (length, 2)).astype("<i4").tobytes(),
-        "target": target.astype("<i4").tobytes(),
-        "wide": wide.astype("<f4").tobytes(),
-    }
+    steps = [int(Path(root, f"steps-{rank}").read_text()) for rank in range(2)]
+    assert steps[0] == steps[1] > 1
+    kept = Store(f"{root}/work/checkpoints-test", Identity("s", "d", 2)).load()
+    assert kept is not None
+    assert (kept["epoch"], kept["step"]) == (1, steps[0] - 1)
+    assert all(bool(torch.isfinite(value).all()) for value in kept["network"].values())
 
 
 @pytest.fixture
 def lake(tmp_path: Path) -> tuple[str, str]:
     """Config file and root of a lake with 900 examples in 3 files."""
-    root = tmp_path / "lake"
-    files: dict[str, dict[str, int]] = {split: {} for split in ("train", "valid", "test")}
-    folder = root / "tables" / "training_examples"
-    folder.mkdir(parents=True)
-    for place in range(3):
-        splits = ["train"] * (170 + 7 * place) + ["valid"] * 60 + ["test"] * 60
-        rows = [make_row(1000 * place + n, split) for n, split in enumerate(splits)]
-        table = pa.Table.from_pylist(rows)
-        index = table.schema.get_field_index("label")
-        pq.write_table(
-            table.set_column(index, "label", table["label"].cast("int32")), folder / f"{place}.parquet"
-        )
-        for split in files:
-            files[split][(folder / f"{place}.parquet").as_uri()] = splits.count(split)
-    feed.write_manifest(str(root), feed.Dataset(0, "voc-1", SIZES, layouts.WIDE_FEATURES, files), "build-1")
-    config = tmp_path / "test.toml"
-    config.write_text(
-        f"[lake]\nroot_uri = '{root}'\n"
-        "[model]\nhidden_dim = 8\nhead_dims = [8]\nattention_dims = [8]\n"
-        "auxiliary_dims = [8]\ndropout = 0.0\n"
-        "[training]\nnum_ranks = 2\nbatch_size = 32\nmax_epochs = 3\nlearning_rate = 0.01\n"
-        "start_timeout_seconds = 60\n"
-        "[evaluation]\nnum_draws = 100\n"
-    )
-    return str(config), str(root)
+    return make_lake(tmp_path)
 
 
 def test_train_and_evaluate_jobs(lake: tuple[str, str], tmp_path: Path) -> None:
@@ -174,4 +161,4 @@ def test_train_and_evaluate_jobs(lake: tuple[str, str], tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    launch.run_rank(Path(sys.argv[1]), one_rank)
+    launch.run_rank(Path(sys.argv[1]), lambda workers: one_rank(workers, sys.argv[2]))

@@ -65,6 +65,16 @@ def test_a_fault_where_a_real_run_could_be_is_refused(
         pytest.fail("it must not start")
 
 
+def test_points_of_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(faults.VARIABLE, "train@1-2-3:step:exc")
+    faults.check(str(tmp_path), "local[2]")
+    for point, place in (("load", "1-2-3"), ("step", "0-2-3"), ("step", "1-2-4")):
+        faults.fire(str(tmp_path), "train", point, place)
+    with pytest.raises(InfraError, match="on purpose"):
+        faults.fire(str(tmp_path), "train", "step", "1-2-3")
+    faults.fire(str(tmp_path), "train", "step", "1-2-3")
+
+
 def test_points_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(faults.VARIABLE, "events:after_commit:exc")
     faults.fire(str(tmp_path), "events", "before_write", DAYS.start)

@@ -257,6 +257,47 @@ def test_damaged_data_stops_all_ranks_and_names_the_file(tmp_path: Path) -> None
     assert bad in str(right)
 
 
+def test_rows_of_a_batch_are_named_by_file_and_row_group(tmp_path: Path) -> None:
+    first = write_file(tmp_path, "a.parquet", [make_example(n) for n in range(10)], rows_per_group=4)
+    second = write_file(tmp_path, "b.parquet", [make_example(n) for n in range(10, 16)], rows_per_group=3)
+    dataset = dataset_of({"train": {first: 10, second: 6}})
+
+    def work(workers: Workers) -> list[tuple[list[int], str, str]]:
+        opened = feed.Feed(dataset, "train", workers, 6, shuffle_rows=20, seed=4)
+        return [
+            (batch.wide[:, 0].int().tolist(), opened.locate([batch.size - 1]), opened.locate())
+            for batch in opened.epoch(1)
+            if batch.size
+        ]
+
+    def place(number: int) -> tuple[str, int, int]:
+        return (
+            (first, number // 4, number % 4)
+            if number < 10
+            else (second, (number - 10) // 3, (number - 10) % 3)
+        )
+
+    steps = [step for rank in run_ranks(2, work) for step in rank]
+    assert sorted(flat([held for held, *_ in steps])) == list(range(16))
+    for held, last, whole in steps:
+        uri, group, row = place(held[-1])
+        assert last == f"row {row} of row group {group} of {uri}"
+        groups = {place(number)[:2] for number in held}
+        for uri, group in groups:
+            assert f"of row group {group} of {uri}" in whole
+
+
+def test_rows_that_cannot_be_decoded_are_named(tmp_path: Path) -> None:
+    rows = [make_example(n) for n in range(6)]
+    rows[4]["wide"] = np.full(len(layouts.WIDE_FEATURES), np.nan, "<f4").tobytes()
+    uri = write_file(tmp_path, "a.parquet", rows, rows_per_group=2)
+    dataset = dataset_of({"train": {uri: 6}})
+    with pytest.raises(
+        DataError, match=rf"split train: .* not finite.*; the batch is .* of row group 2 of {uri}"
+    ):
+        list(feed.Feed(dataset, "train", Workers(), 2).epoch())
+
+
 def test_missing_file_is_named_before_anything_is_read(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, (4, 4))
     (tmp_path / "part-1.parquet").unlink()
@@ -335,7 +376,7 @@ def test_aggregates_alone_leave_histories_unread(tmp_path: Path) -> None:
 def test_a_long_pass_says_how_far_it_is(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The launcher kills ranks that print nothing for minutes."""
+    """Whoever waits for hours sees that it goes on."""
     monkeypatch.setattr(feed, "_PROGRESS_SECONDS", -1.0)
     monkeypatch.setattr(logging.getLogger("couponflow"), "propagate", True)
     dataset = make_dataset(tmp_path, (9, 4), valid=0)

@@ -79,37 +79,100 @@ def test_the_first_rank_to_fail_is_named(fake: None, tmp_path: Path) -> None:
         launch.run(2, [*script(text), str(tmp_path)], tmp_path)
 
 
+def test_a_lost_peer_points_to_the_rank_that_said_nothing(fake: None, tmp_path: Path) -> None:
+    """Whichever the launcher saw end first."""
+    text = (
+        "import json, pathlib, sys; from couponflow.training.watchdog import Pulse;"
+        "f = pathlib.Path(sys.argv[1]); Pulse(f, 0).beat('step', 1, 5); Pulse(f, 1).beat('load', 1, 4);"
+        "note = {'class': 'InfraError', 'message': 'HorovodInternalError: peer closed'};"
+        "f.joinpath('error-0.json').write_text(json.dumps(note));"
+        "print('Process name: 0\\nExit code: 5\\n'); sys.exit(1)"
+    )
+    with pytest.raises(
+        InfraError, match=r"rank 1 ended without a word at epoch 1, step 4 \(last phase: load\)"
+    ):
+        launch.run(2, [*script(text), str(tmp_path)], tmp_path)
+
+
 def test_a_wordless_death_is_an_infra_error_with_the_last_lines(fake: None, tmp_path: Path) -> None:
     with pytest.raises(InfraError, match=r"code 7 .* last lines: one \| two"):
         launch.run(2, script("print('one'); print('two'); raise SystemExit(7)"), tmp_path)
 
 
-def test_silence_kills_the_whole_family(fake: None, tmp_path: Path) -> None:
-    # The child has a session of its own, as ranks have, and is stopped: only SIGKILL ends it.
+def is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+#: Rank 1 of a group: beats at epoch 2, step 7, and stops itself, as SIGSTOP would.
+STOPPED = (
+    "import os, pathlib, signal, sys; from couponflow.training.watchdog import Pulse;"
+    "pulse = Pulse(pathlib.Path(sys.argv[1]), 1); pulse.beat('step', 2, 7);"
+    "os.kill(os.getpid(), signal.SIGSTOP)"
+)
+
+
+def test_a_stopped_rank_is_named_and_the_whole_family_killed(fake: None, tmp_path: Path) -> None:
+    # The rank has a session of its own, as ranks have, and is stopped: only SIGKILL ends it.
     text = (
-        "import os, signal, subprocess, sys, time;"
-        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)'];"
-        "child = subprocess.Popen(sleep, start_new_session=True);"
-        "os.kill(child.pid, signal.SIGSTOP); print(child.pid, flush=True); time.sleep(60)"
+        "import pathlib, subprocess, sys, time; from couponflow.training.watchdog import Pulse;"
+        f"rank = [sys.executable, '-c', {STOPPED!r}, sys.argv[1]];"
+        "subprocess.Popen(rank, start_new_session=True); pulse = Pulse(pathlib.Path(sys.argv[1]), 0);"
+        "pulse.beat('step', 2, 7); pulse.exchange(); print('waiting', flush=True); time.sleep(60)"
     )
     start = time.perf_counter()
-    with pytest.raises(InfraError, match=r"nothing for 1.5 s and were killed; last line: (\d+)") as caught:
-        launch.run(2, script(text), tmp_path, silence_seconds=1.5)
-    assert time.perf_counter() - start < 30
-    pid = int(str(caught.value).split("last line: ")[1].split(";")[0])
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    with pytest.raises(
+        InfraError, match=r"rank 1 made no progress for 2 s at epoch 2, step 7 \(last phase: st"
+    ):
+        launch.run(2, [*script(text), str(tmp_path)], tmp_path, start_timeout_seconds=20, stall_seconds=2)
+    assert time.perf_counter() - start < 40
+    beats = [json.loads((tmp_path / f"heartbeat-{rank}").read_text()) for rank in range(2)]
+    assert all(is_gone(beat["process"]) for beat in beats)
 
 
-def test_a_pipe_that_outlives_its_launcher_does_not_hang_the_call(fake: None, tmp_path: Path) -> None:
+def test_a_stopped_rank_that_outlives_its_launcher_is_killed(fake: None, tmp_path: Path) -> None:
+    """As Horovod leaves it: the other rank gives up, the launcher ends, and the stopped one stays."""
+    text = (
+        "import pathlib, subprocess, sys, time;"
+        f"rank = [sys.executable, '-c', {STOPPED!r}, sys.argv[1]];"
+        "quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True);"
+        "subprocess.Popen(rank, **quiet); beat = pathlib.Path(sys.argv[1], 'heartbeat-1');\n"
+        "while not (beat.is_file() and '\"step\"' in beat.read_text()): time.sleep(0.05)\n"
+        "time.sleep(2); print('Process name: 0\\nExit code: 5'); sys.exit(1)"
+    )
+    with pytest.raises(InfraError, match=r"rank 1 hung at epoch 2, step 7 \(last phase: step\) and was k"):
+        launch.run(2, [*script(text), str(tmp_path)], tmp_path)
+    assert is_gone(json.loads((tmp_path / "heartbeat-1").read_text())["process"])
+
+
+def test_the_rank_that_died_first_is_named_with_its_place(fake: None, tmp_path: Path) -> None:
+    """Its peer has only lost it, and says so."""
+    text = (
+        "import json, pathlib, sys; from couponflow.training.watchdog import Pulse;"
+        "f = pathlib.Path(sys.argv[1]); Pulse(f, 1).beat('checkpoint', 3, 20);"
+        "f.joinpath('error-0.json').write_text(json.dumps({'class': 'InfraError', 'message': 'peer lost'}));"
+        "print('The first process to do so was:\\nProcess name: 1\\nExit code: 137\\n'); sys.exit(1)"
+    )
+    place = (
+        r"rank 1 ended with code 137 without a word at epoch 3, step 20 \(last phase: checkpoint\); run again"
+    )
+    with pytest.raises(InfraError, match=place):
+        launch.run(2, [*script(text), str(tmp_path)], tmp_path)
+
+
+def test_a_pipe_that_outlives_its_launcher_does_not_hang_the_call(
+    fake: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = (
         "import subprocess, sys;"
         "sleep = [sys.executable, '-c', 'import time; time.sleep(60)'];"
         "print(subprocess.Popen(sleep, start_new_session=True).pid, flush=True)"
     )
     start = time.perf_counter()
-    with pytest.raises(InfraError, match=r"nothing for 1\.5 s") as caught:
-        launch.run(2, script(text), tmp_path, silence_seconds=1.5)
-    psutil.Process(int(str(caught.value).split("last line: ")[1].split(";")[0])).kill()
+    monkeypatch.setattr(launch, "_KILL_SECONDS", 1.5)
+    monkeypatch.setattr(logging.getLogger("couponflow"), "propagate", True)
+    with caplog.at_level(logging.INFO, "couponflow"):
+        launch.run(2, script(text), tmp_path)
+    psutil.Process(int(caplog.messages[0])).kill()
     assert time.perf_counter() - start < 30
 
 
@@ -125,7 +188,7 @@ def test_a_job_that_is_told_to_end_takes_its_ranks_along(tmp_path: Path) -> None
         pid = int(job.stdout.readline())
         job.terminate()
         assert job.wait(timeout=30) == 128 + signal.SIGTERM
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert is_gone(pid)
 
 
 def test_a_foreign_error_of_a_rank_is_an_infra_error_without_its_traceback(

@@ -149,7 +149,7 @@ def test_the_trainer_adds_its_gradient() -> None:
     counts = occurrences([batch], RANDOM_SIZES, Workers())
     trainer.backward(plain, batch, 1.0, Workers())
     regulariser = MiniBatchAware(shrunk.embeddings(), counts, 0.1, Workers())
-    trainer.backward(shrunk, batch, 1.0, Workers(), regulariser)
+    trainer.backward(shrunk, batch, 1.0, Workers(), regulariser=regulariser)
     for name, table in shrunk.embeddings().items():
         share = torch.zeros(RANDOM_SIZES[name])
         seen = counts[name] > 0

@@ -16,6 +16,7 @@ from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, ConflictError, DataError, InfraError
 from couponflow.lake import leases, needles, runs, storage
 from couponflow.lake.needles import Needles
+from couponflow.training import checkpoints
 
 BUCKET = "gs://mails/lake"
 
@@ -119,6 +120,21 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def test_checkpoints_lie_on_the_lake(store: Store) -> None:
+    """Written with a generation precondition; a lost answer is no conflict."""
+    kept = checkpoints.Store(f"{BUCKET}/work/checkpoints-1", checkpoints.Identity("s", "d", 2))
+    assert kept.load() is None
+    store.lost_answers = 1
+    for step in (1, 2, 3):
+        kept.save(1, step, {"number": step})
+    found = kept.load()
+    assert found is not None
+    assert found["number"] == 3
+    assert len(storage.list_names(kept.uri)) == 4
+    kept.clear()
+    assert storage.list_names(kept.uri) == []
 
 
 def test_a_lost_answer_is_our_own_success(store: Store) -> None:

@@ -4,7 +4,9 @@
 Points:
     of a job    ``before_run`` (lease held, nothing read), ``before_record`` (all tables written, no record),
                 ``after_record`` (record written, lease still held);
-    of a table  ``before_write``, ``during_write`` (data files lie there, no commit), ``after_commit``.
+    of a table  ``before_write``, ``during_write`` (data files lie there, no commit), ``after_commit``;
+    of a rank of train, stage ``train@rank-epoch-step``: ``load``, ``step``, ``checkpoint`` (its content is
+                written, its manifest not), ``validate``.
 Actions: ``kill`` (SIGKILL of the driver), ``stop`` (SIGSTOP of it), ``exc`` (an infrastructure error),
 ``enospc`` (a full disk), ``sleep`` (five seconds); only during a write also ``kill_worker`` (SIGKILL of the
 Python worker), ``kill_executor`` and ``end_executor`` (SIGKILL and SIGTERM of its JVM, on ``local-cluster``).
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "COUPONFLOW_FAULT"
 POINTS = ("before_run", "before_record", "after_record", "before_write", "during_write", "after_commit")
+RANK_POINTS = ("load", "step", "checkpoint", "validate")
 ACTIONS = ("kill", "stop", "exc", "enospc", "sleep", "kill_worker", "kill_executor", "end_executor")
 _SIGNALS = {"stop": signal.SIGSTOP, "end_executor": signal.SIGTERM}
 _SLEEP_SECONDS = 5.0
@@ -44,10 +47,10 @@ def check(root_uri: str, master: str) -> None:
     if not os.environ.get(VARIABLE):
         return
     _, point, action = _parsed()
-    if point not in POINTS or action not in ACTIONS:
+    if point not in POINTS + RANK_POINTS or action not in ACTIONS:
         raise ConfigError(
             f"{VARIABLE}={os.environ[VARIABLE]}: expected stage:point:action with a point of "
-            f"{', '.join(POINTS)} and an action of {', '.join(ACTIONS)}; unset it outside tests"
+            f"{', '.join(POINTS + RANK_POINTS)} and an action of {', '.join(ACTIONS)}; unset it outside tests"
         )
     if not master.startswith("local") or storage.is_remote(root_uri):
         raise ConfigError(
@@ -55,13 +58,16 @@ def check(root_uri: str, master: str) -> None:
         )
 
 
-def fire(root_uri: str, stage: str, point: str, day: date | None = None) -> None:
-    """Do what the variable asks for at this place, if it means this place and has not fired."""
+def fire(root_uri: str, stage: str, point: str, day: date | str | None = None) -> None:
+    """Do what the variable asks for at this place, if it means this place and has not fired.
+
+    ``day``: the first of the range, or a rank's place.
+    """
     if is_set(stage, point, day):
         _act(root_uri, os.getpid())
 
 
-def is_set(stage: str, point: str, day: date | None = None) -> bool:
+def is_set(stage: str, point: str, day: date | str | None = None) -> bool:
     """Whether the variable means this place."""
     if not os.environ.get(VARIABLE):
         return False

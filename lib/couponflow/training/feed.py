@@ -40,8 +40,11 @@ _ARROW_TYPES = {
     "int": ("int32",),
     "timestamp": ("timestamp[ns]", "timestamp[us]", "timestamp[us, tz=UTC]"),
 }
-#: A long pass says how far it is, or the launcher would take it for hung.
+#: A long pass says how far it is.
 _PROGRESS_SECONDS = 30.0
+#: What tells a row from others, and how many places an error names.
+_CONTENT = ("history", "target", "wide")
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,7 @@ class Feed:
         self._rows_per_step = batch_size // workers.size
         self._shuffle_rows, self._seed = shuffle_rows, seed
         self.rows = dataset.rows(split)
+        self._held: list[Example] = []
 
     def epoch(self, number: int = 0) -> Iterator["Batch"]:
         """The batches of one epoch; shuffling depends on seed, number and rank.
@@ -260,12 +264,12 @@ class Feed:
         rows = self._examples(shard, number)
         num_read, reported = 0, time.monotonic()
         while True:
-            held: list[Example] = []
+            self._held = held = []
             failure: CouponflowError | None = None
             made: Batch | None = None
             try:
-                held = [row for _, row in zip(range(self._rows_per_step), rows, strict=False)]
-                made = decode(held) if held else batch.empty_batch(len(self._dataset.wide_features))
+                self._held = held = [row for _, row in zip(range(self._rows_per_step), rows, strict=False)]
+                made = self._decode(held) if held else batch.empty_batch(len(self._dataset.wide_features))
                 if beyond := batch.beyond_vocabulary(made, self._dataset.vocabulary_sizes):
                     raise DataError(
                         f"split {self._split}: {beyond[0]} id {beyond[1]} is beyond vocabulary "
@@ -292,12 +296,39 @@ class Feed:
         _check_shards(self._dataset, f"split {self._split}", uris, by_shard, where)
         _check_count(self._dataset, f"split {self._split}", self.rows, in_split, where)
 
+    def locate(self, places: Sequence[int] = ()) -> str:
+        """File and row group of rows of the batch handed out last, all of it when none is named.
+
+        Rows are found by their bytes: two equal ones are both named. Reads this rank's files again.
+        """
+        rows = [self._held[place] for place in places] or self._held
+        wanted = {(row.history, row.target, row.wide) for row in rows}
+        found: list[str] = []
+        for uri, number, columns in reader.groups(list(self._dataset.files[self._split]), _CONTENT):
+            self._workers.beat("locate")
+            hits = [n for n, row in enumerate(zip(*columns, strict=True)) if row in wanted]
+            if hits:
+                found.append(f"{_rows_text(hits)} of row group {number} of {uri}")
+        more = f" and of {len(found) - _NAMED} more row groups" if len(found) > _NAMED else ""
+        return ", ".join(found[:_NAMED]) + more or "rows that the files no longer hold"
+
+    def _decode(self, rows: list[Example]) -> "Batch":
+        try:
+            return decode(rows)
+        except DataError as error:
+            raise DataError(f"split {self._split}: {error}; the batch is {self.locate()}") from error
+
     def _examples(self, shard: reader.Shard, number: int) -> Iterator[Example]:
         rows = _read(self._dataset, shard, COLUMNS, self._split)
         if not self._shuffle_rows:
             return rows
         generator = np.random.default_rng([self._seed, number, self._workers.rank])
         return shuffled(rows, self._shuffle_rows, generator)
+
+
+def _rows_text(rows: Sequence[int]) -> str:
+    named = ", ".join(map(str, rows[:_NAMED])) + (", ..." if len(rows) > _NAMED else "")
+    return f"row{'s' if len(rows) > 1 else ''} {named}"
 
 
 def read_all(dataset: Dataset, split: str, columns: Sequence[str] = ALL_COLUMNS) -> list[Example]:

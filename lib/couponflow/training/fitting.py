@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from couponflow.config import Config
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import storage
+from couponflow.lake import faults, storage
 from couponflow.training import feed, launch, metrics, registry
 from couponflow.training.launch import Workers
 
@@ -31,26 +31,31 @@ if TYPE_CHECKING:
     from couponflow.models.batch import Batch
     from couponflow.models.bundle import Bundle
     from couponflow.models.dien import Dien
+    from couponflow.training.checkpoints import Store
 
 log = logging.getLogger("couponflow")
 
 #: Rows over all ranks that the warm start is fitted on; more would hardly change the coefficients.
 _WARM_ROWS = 100_000
 _TRAIN, _VALID = "train", "valid"
-_BUNDLE, _RESULT, _CONFIG, _CHECKPOINT = "bundle", "result.json", "config.json", "best.pt"
+_BUNDLE, _RESULT, _CONFIG = "bundle", "result.json", "config.json"
+#: Settings of training that do not change what is learnt; the number of ranks is checked by itself.
+_OPERATIONAL = {"num_ranks", "start_timeout_seconds", "stall_seconds", "checkpoint_steps"}
 
 
 def train(
-    config: Config, kind: str, run_id: str, argv: Sequence[str]
+    config: Config, kind: str, run_id: str, argv: Sequence[str], from_scratch: bool = False
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Fit, calibrate and register one model; returns the rows read and the facts of the run.
 
-    ``argv`` starts one rank of this job when followed by ``--run-folder FOLDER``. The first logistic model of
-    a lake becomes its champion.
+    ``argv`` starts one rank of this job when followed by ``--run-folder FOLDER``. A DIEN goes on from the
+    newest good checkpoint of the same settings and dataset, unless it is to begin ``from_scratch``; they are
+    removed once its bundle is registered. The first logistic model of a lake becomes its champion.
 
     Raises:
-        ConfigError: an unknown kind, or more ranks than row groups or slots.
-        DataError: the examples are missing, damaged or give a loss that is not finite.
+        ConfigError: an unknown kind, more ranks than row groups or slots, or checkpoints of other ranks.
+        DataError: the examples are missing, damaged or give a loss that is not finite, or no checkpoint can
+            be used.
         InfraError: a rank died or hung.
     """
     if kind not in registry.KINDS:
@@ -60,12 +65,18 @@ def train(
     dataset = feed.load_manifest(root_uri)
     folder = _run_folder(root_uri, run_id)
     ranks = config.training.num_ranks
+    checkpoints = checkpoint_store(config, dataset, ranks) if kind == "dien" else None
+    if checkpoints is not None and from_scratch:
+        checkpoints.clear()
+    elif checkpoints is not None:
+        checkpoints.load()  # refused before any rank is started
     if kind == "dien" and ranks > 1 and not launch.is_launched():
         for split in (_TRAIN, _VALID):
             feed.check(dataset, split, ranks)
         (folder / _CONFIG).write_text(config.model_dump_json(), encoding="utf-8")
         timeout = config.training.start_timeout_seconds
-        launch.run(ranks, [*argv, "--run-folder", str(folder)], folder, timeout)
+        stall = config.training.stall_seconds
+        launch.run(ranks, [*argv, "--run-folder", str(folder)], folder, timeout, stall)
     else:
         train_rank(config, kind, folder, launch.connect(), dataset)
     if not (folder / _RESULT).is_file():  # another rank of a launcher that is not ours
@@ -75,7 +86,9 @@ def train(
     version = registry.register(root_uri, folder / _BUNDLE, run_id)
     if kind == "logistic" and registry.pointed(root_uri, registry.CHAMPION) is None:
         registry.set_champion(root_uri, version, run_id, "first champion")
-    shutil.rmtree(folder)  # published; a failed run keeps its checkpoint
+    shutil.rmtree(folder)  # published; what stays of a failed run says why
+    if checkpoints is not None:
+        checkpoints.clear()
     seconds = round(time.monotonic() - start, 1)
     log.info("registered %s in %.1f s", version, seconds)
     facts = {"model_version": version, "seconds": seconds, "training_examples_version": dataset.table_version}
@@ -131,10 +144,18 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
     shuffle = (settings.batch_size, settings.shuffle_rows, settings.seed)
     train_feed = feed.Feed(dataset, _TRAIN, workers, *shuffle)
     valid_feed = feed.Feed(dataset, _VALID, workers, 512 * workers.size)
+    store = checkpoint_store(config, dataset, workers.size)
+    resumed = store.load(log.debug)  # the process that asked has warned
     torch.manual_seed(settings.seed)
     network = Dien(config.model, dataset.vocabulary_sizes, len(dataset.wide_features))
-    prepare(network, wide_rows(train_feed, workers), config)
+    if resumed is None:
+        prepare(network, wide_rows(train_feed, workers), config)
     unsampled = Calibrator(sampling_rate=dataset.sampling_rate)
+
+    def report(phase: str, epoch: int, step: int) -> None:
+        workers.beat(phase, epoch, step)
+        faults.fire(config.lake.root_uri, "train", phase, f"{workers.rank}-{epoch}-{step}")
+
     fitted = trainer.fit(
         network,
         train_feed.epoch,
@@ -142,9 +163,12 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
         settings,
         config.model.auxiliary_weight,
         workers,
-        folder / _CHECKPOINT,
+        store,
         unsampled.correction,
-        embedding_penalty(network, train_feed, config, workers),
+        resumed=resumed,
+        report=report,
+        locate=train_feed.locate,
+        regulariser=embedding_penalty(network, train_feed, config, workers),
     )
     if fitted.train_rows != dataset.rows(_TRAIN):
         raise DataError(
@@ -165,6 +189,22 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
         calibrator,
         curves,
     )
+
+
+def checkpoint_store(config: Config, dataset: feed.Dataset, num_ranks: int) -> "Store":
+    """Where a DIEN of these settings and this dataset keeps its checkpoints; any later run finds them there.
+
+    Ranks are no part of the place, so that a run with others is told instead of beginning again.
+    """
+    from couponflow.training.checkpoints import Identity, Store
+
+    names = sorted(set(type(config.training).model_fields) - _OPERATIONAL)
+    settings = config.fingerprint("model", *(f"training.{name}" for name in names))
+    content = json.dumps(asdict(dataset), sort_keys=True).encode()
+    data = f"{feed.TABLE}-v{dataset.table_version}-{storage.sha256(content)[:16]}"
+    key = storage.sha256(f"{settings} {data}".encode())[:16]
+    uri = storage.join(config.lake.root_uri, "work", f"checkpoints-dien-{key}")
+    return Store(uri, Identity(settings, data, num_ranks))
 
 
 @dataclass(frozen=True)
@@ -188,6 +228,7 @@ def wide_rows(train_feed: feed.Feed, workers: Workers) -> WideRows:
     held: list[metrics.Floats] = []
     num_held = 0
     for batch in train_feed.epoch():
+        workers.beat("scan")
         wide, label = batch.wide.double().numpy(), batch.label.double().numpy()
         total = total + np.concatenate([wide.sum(0), (wide**2).sum(0), [batch.size, label.sum()]])
         if num_held < _WARM_ROWS / workers.size:

@@ -1,7 +1,8 @@
 """The only door to Horovod: what ranks exchange, how they are started, and what happens when one fails.
 
 ``Workers`` is one process' view of the group. At size 1 it does nothing and never imports Horovod, so that
-training code has one form. Every method of it is collective: all ranks call it, in the same order.
+training code has one form. Every method of it but ``beat`` is collective: all ranks call it, in the same
+order.
 """
 
 import json
@@ -13,12 +14,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,18 +33,25 @@ from couponflow.errors import (
     DataError,
     InfraError,
 )
+from couponflow.training.watchdog import DONE, Beat, Pulse, Watch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger("couponflow")
 
-#: A group that prints nothing for so long is taken for hung; ranks report progress far more often.
-SILENCE_SECONDS = 300.0
+#: A rank without a heartbeat for so long is taken for hung; ranks beat at every step.
+STALL_SECONDS = 300.0
 _RANKS_PER_CORE = 4
 _KILL_SECONDS = 10.0
+_TICK_SECONDS = 0.5
 #: What the launcher puts before a rank's line, and the rank's own time and level.
 _PREFIX = re.compile(r"^\[\d+\]<(?:stdout|stderr)>:\s?(?:\d\d:\d\d:\d\d [A-Z]+ )?")
+#: How the launcher names the first rank that ended badly, on two lines of its last words.
+_FIRST_DEAD = re.compile(r"Process name: (\d+)\s+Exit code: (-?\d+)")
+#: What a rank says that has only lost another.
+_LOST_PEER = "HorovodInternalError"
+_RESUMES = "run again: training resumes from its last checkpoint"
 _ERRORS: dict[str, type[CouponflowError]] = {
     error.__name__: error for error in (ConfigError, DataError, ConflictError, InfraError)
 }
@@ -53,6 +62,9 @@ class Workers:
 
     rank = 0
     size = 1
+
+    def beat(self, phase: str, epoch: int = 0, step: int = 0) -> None:
+        """Tell who watches what this rank is about to do; a group of one is not watched."""
 
     def allreduce_sum(self, values: ArrayLike) -> NDArray[np.float64]:
         """Sum over ranks of equally long vectors, float64."""
@@ -77,14 +89,20 @@ class Workers:
 class HorovodWorkers(Workers):
     """The group of a Horovod launcher, over Gloo."""
 
-    def __init__(self) -> None:
-        """Join the group that the launcher describes."""
+    def __init__(self, pulse: Pulse | None = None) -> None:
+        """Join the group that the launcher describes; ``pulse`` is this rank's heartbeat."""
         import horovod.torch as hvd
+
+        self._pulse = pulse
 
         hvd.init()
         self._hvd: Any = hvd
         self.rank = int(hvd.rank())
         self.size = int(hvd.size())
+
+    def beat(self, phase: str, epoch: int = 0, step: int = 0) -> None:  # noqa: D102 - as in Workers
+        if self._pulse is not None:
+            self._pulse.beat(phase, epoch, step)
 
     def allreduce_sum(self, values: ArrayLike) -> NDArray[np.float64]:  # noqa: D102 - as in Workers
         return self._reduce(np.atleast_1d(np.asarray(values, np.float64)), self._hvd.Sum, "sum")
@@ -95,6 +113,7 @@ class HorovodWorkers(Workers):
     def gather(self, values: ArrayLike) -> NDArray[np.float64]:  # noqa: D102 - as in Workers
         import torch
 
+        self._exchange()
         # Gloo's allgather wants a row of every rank: each sends one more than it has.
         own = torch.from_numpy(np.append(np.asarray(values, np.float64), np.nan))
         sizes = self._hvd.allgather(torch.tensor([own.numel()]), name="gather_sizes").tolist()
@@ -102,18 +121,25 @@ class HorovodWorkers(Workers):
         return np.concatenate([part.numpy()[:-1] for part in parts])
 
     def average(self, tensor: "Tensor") -> "Tensor":  # noqa: D102 - as in Workers
+        self._exchange()
         return self._hvd.allreduce_(tensor, op=self._hvd.Average, name=f"average_{tensor.numel()}")  # type: ignore[no-any-return]  # horovod has no types
 
     def broadcast_state(self, state: "dict[str, Tensor]") -> None:  # noqa: D102 - as in Workers
+        self._exchange()
         for name, tensor in sorted(state.items()):
             self._hvd.broadcast_(tensor, root_rank=0, name=f"state_{name}")
 
     def _reduce(self, values: NDArray[np.float64], operation: Any, name: str) -> NDArray[np.float64]:
         import torch
 
+        self._exchange()
         sent = torch.from_numpy(values.copy())
         found = self._hvd.allreduce_(sent, op=operation, name=f"{name}_{values.size}")
         return np.asarray(found.numpy())
+
+    def _exchange(self) -> None:
+        if self._pulse is not None:
+            self._pulse.exchange()
 
 
 def is_launched() -> bool:
@@ -121,9 +147,14 @@ def is_launched() -> bool:
     return "HOROVOD_RANK" in os.environ  # the launcher's own protocol, not a setting of ours
 
 
-def connect() -> Workers:
-    """The group of this process: Horovod's under its launcher, else a group of one."""
-    return HorovodWorkers() if is_launched() else Workers()
+def connect(folder: Path | None = None) -> Workers:
+    """The group of this process: Horovod's under its launcher, else a group of one.
+
+    A rank whose run has a ``folder`` leaves its heartbeat there, from before it meets the others.
+    """
+    if not is_launched():
+        return Workers()
+    return HorovodWorkers(None if folder is None else Pulse(folder, int(os.environ["HOROVOD_RANK"])))
 
 
 def command(num_ranks: int, argv: Sequence[str], start_timeout_seconds: int = 120) -> list[str]:
@@ -150,20 +181,22 @@ def run(
     argv: Sequence[str],
     folder: Path,
     start_timeout_seconds: int = 120,
-    silence_seconds: float = SILENCE_SECONDS,
+    stall_seconds: float = STALL_SECONDS,
 ) -> None:
     """Start the ranks, pass their lines on, and raise what stopped them.
 
-    ``folder`` is where ranks leave their error (``run_rank``); it must exist. The group is killed, the
-    stopped processes in it too, when nothing is printed for ``silence_seconds``, when this call is left early
-    or when this process is asked to end (SIGTERM).
+    ``folder`` is where ranks leave heartbeats and errors (``run_rank``); it must exist. The whole family is
+    killed, the stopped processes in it too, when a rank makes no progress for ``stall_seconds``, when the
+    launcher ends and leaves some behind, when this call is left early or this process is asked to end
+    (SIGTERM).
 
     Raises:
         ConfigError, DataError, ConflictError, InfraError: the error of the first rank that named one;
-            InfraError when a rank died without a word or the group hung.
+            InfraError when a rank died without a word or made no progress.
     """
     for stale in folder.glob("error-*.json"):
         stale.unlink()
+    watch = Watch(folder, num_ranks, start_timeout_seconds, stall_seconds)
     bin_folder = str(Path(sys.executable).parent)
     package_folder = str(Path(couponflow.__file__).parent.parent)
     environment = os.environ | {
@@ -182,25 +215,23 @@ def run(
         errors="replace",
         start_new_session=True,
     )
+    family = _Family(process)
     assert process.stdout is not None  # a pipe was asked for
     tail: deque[str] = deque(maxlen=20)
     try:
         with _ended_by_sigterm():
-            _follow(process.stdout, tail, silence_seconds)
+            _follow(process, tail, watch, family)
             code = process.wait(timeout=_KILL_SECONDS)
+            watch.refresh()
+            hung = [beat for beat in watch.beats() if family.has(beat.process)]
     except subprocess.TimeoutExpired as error:
         raise InfraError(
             f"ranks closed their output but did not end within {_KILL_SECONDS:.0f} s; run again"
         ) from error
     finally:
-        if process.poll() is None:
-            _kill(process)
+        family.kill()
     if code:
-        raise _rank_error(folder) or InfraError(
-            f"{num_ranks} ranks ended with code {code} and no error of ours; last lines: "
-            + " | ".join(list(tail)[-5:])
-            + "; run again"
-        )
+        raise _first_error(folder, num_ranks, code, tail, watch.beats(), hung)
 
 
 def run_rank(folder: Path, work: Callable[[Workers], None]) -> None:
@@ -209,9 +240,10 @@ def run_rank(folder: Path, work: Callable[[Workers], None]) -> None:
     An error that is not ours, such as Horovod's when a peer is gone, counts as ``InfraError``; its traceback
     goes to a file beside.
     """
-    workers = connect()
+    workers = connect(folder)
     try:
         work(workers)
+        workers.beat(DONE)
     except Exception as error:
         ours = error if isinstance(error, CouponflowError) else _foreign(error, folder, workers.rank)
         note = {"class": type(ours).__name__, "message": str(ours)}
@@ -245,6 +277,35 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: a handler that Python cannot restore
 
 
+def _first_error(
+    folder: Path, num_ranks: int, code: int, tail: Sequence[str], beats: Sequence[Beat], hung: Sequence[Beat]
+) -> CouponflowError:
+    """Why the ranks ended with a code: what one of them has named, or who died or hung without a word, where.
+
+    ``hung``: ranks that outlived their launcher. The others have then only lost their peer.
+    """
+    named = _rank_error(folder)
+    if named is not None and not isinstance(named, InfraError):
+        return named
+    if hung:
+        return InfraError(f"rank {hung[0].rank} hung {hung[0]} and was killed; {_RESUMES}")
+    first = _FIRST_DEAD.search("\n".join(tail))
+    silent = [beat for beat in beats if not (folder / f"error-{beat.rank}.json").is_file()]
+    for beat in silent:
+        if first is not None and beat.rank == int(first[1]):
+            return InfraError(
+                f"rank {beat.rank} ended with code {first[2]} without a word {beat}; {_RESUMES}"
+            )
+    working = [beat for beat in silent if beat.phase != DONE]
+    if working and named is not None and _LOST_PEER in str(named):
+        beat = min(working, key=lambda found: found.exchanges)
+        return InfraError(f"rank {beat.rank} ended without a word {beat}; {_RESUMES}")
+    return named or InfraError(
+        f"{num_ranks} ranks ended with code {code} and no error of ours; last lines: "
+        f"{' | '.join(list(tail)[-5:])}; run again"
+    )
+
+
 def _rank_error(folder: Path) -> CouponflowError | None:
     notes = []
     for path in folder.glob("error-*.json"):
@@ -258,12 +319,14 @@ def _rank_error(folder: Path) -> CouponflowError | None:
     return _ERRORS.get(note["class"], InfraError)(f"rank {rank}: {note['message']}")
 
 
-def _follow(stream: IO[str], tail: deque[str], silence_seconds: float) -> None:
-    """Log each line as it comes until the stream ends.
+def _follow(process: "subprocess.Popen[str]", tail: deque[str], watch: Watch, family: "_Family") -> None:
+    """Log each line as it comes until the ranks' output ends.
 
     Raises:
-        InfraError: no line for ``silence_seconds``.
+        InfraError: a rank makes no progress.
     """
+    stream = process.stdout
+    assert stream is not None
     lines: queue.Queue[str | None] = queue.Queue()
 
     def pump() -> None:
@@ -273,33 +336,64 @@ def _follow(stream: IO[str], tail: deque[str], silence_seconds: float) -> None:
         lines.put(None)
 
     threading.Thread(target=pump, daemon=True).start()
-    while True:
+    ended = 0
+    while ended * _TICK_SECONDS < _KILL_SECONDS:  # whoever holds the pipe longer than that is a stray
         try:
-            line = lines.get(timeout=silence_seconds)
-        except queue.Empty as error:
-            last = tail[-1] if tail else "none"
-            raise InfraError(
-                f"ranks printed nothing for {silence_seconds:g} s and were killed; last line: {last}; "
-                "run again"
-            ) from error
+            line = lines.get(timeout=_TICK_SECONDS)
+        except queue.Empty:
+            line = ""
+            ended += process.poll() is not None
         if line is None:
             return
         text = _PREFIX.sub("", line)
         if text:
             tail.append(text)
             log.info("%s", text)
+        if process.poll() is None and watch.look():
+            family.look(watch)
 
 
-def _kill(process: "subprocess.Popen[str]") -> None:
-    """End the launcher and all its descendants; ranks have sessions of their own, so walk the tree."""
-    import psutil  # type: ignore[import-untyped]  # comes with horovod, without types
+class _Family:
+    """The launcher and all its descendants; ranks have sessions of their own, and may outlive it."""
 
-    parent = psutil.Process(process.pid)
-    family = [*parent.children(recursive=True), parent]
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue  # it ended by itself
-    psutil.wait_procs(family[:-1], timeout=_KILL_SECONDS)
-    process.wait(timeout=_KILL_SECONDS)
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        import psutil  # type: ignore[import-untyped]  # comes with horovod, without types
+
+        self._psutil, self._process = psutil, process
+        self._parent = psutil.Process(process.pid)
+        self._members: set[Any] = set()  # psutil tells a process from a later one with its number
+        self._ranks: set[int] = set()
+
+    def look(self, watch: Watch) -> None:
+        """Remember who belongs to it now."""
+        gone = self._psutil.NoSuchProcess
+        with suppress(gone):
+            self._members.update(self._parent.children(recursive=True))
+        for process in {beat.process for beat in watch.beats()} - self._ranks - {0}:
+            self._ranks.add(process)  # looked up once: its number may later be another's
+            with suppress(gone):
+                self._members.add(self._psutil.Process(process))
+
+    def has(self, process: int) -> bool:
+        """Whether this process of it is left."""
+        return any(member.pid == process and self._is_left(member) for member in self._members)
+
+    def kill(self) -> None:
+        """End all that are left, also those that are stopped."""
+        gone = self._psutil.NoSuchProcess
+        with suppress(gone):
+            self._members.update(self._parent.children(recursive=True))
+        if self._process.poll() is None:
+            self._members.add(self._parent)
+        for member in self._members:
+            with suppress(gone):
+                member.kill()
+        deadline = time.monotonic() + _KILL_SECONDS
+        while any(map(self._is_left, self._members)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._process.wait(timeout=_KILL_SECONDS)
+
+    def _is_left(self, member: Any) -> bool:
+        with suppress(self._psutil.NoSuchProcess):
+            return bool(member.is_running() and member.status() != self._psutil.STATUS_ZOMBIE)
+        return False

@@ -1,19 +1,18 @@
-"""The training loop: iterables of batches in, best weights and curves out. Knows no files but its checkpoint.
+"""The training loop: iterables of batches in, best weights and curves out. Knows no files: checkpoints have a
+store of their own.
 
 Losses are global sums over global counts, whatever the ranks: rank r minimises
 ``local_sum * ranks / global_count`` for the label loss and for the auxiliary loss, so that the average of the
 ranks' gradients is the gradient of the global means. Every rank must be given equally many batches; a batch
-of zero rows adds nothing.
+of zero rows adds nothing. Gradients are dense, those of embeddings too: one exchange averages all of them.
 """
 
 import copy
-import io
 import logging
-import os
+import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -21,13 +20,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from couponflow.errors import DataError, InfraError
+from couponflow.errors import DataError
 from couponflow.models.batch import Batch
 from couponflow.sections import TrainingConfig
 from couponflow.training import metrics
+from couponflow.training.checkpoints import Store
 from couponflow.training.launch import Workers
+from couponflow.training.progress import Epoch, Fitted, Progress, restore, snapshot
 
 log = logging.getLogger("couponflow")
+
+#: Called before each phase of a step, with the phase, the epoch and the step: ``load``, ``step``,
+#: ``checkpoint`` (once its content is written), ``validate``.
+Report = Callable[[str, int, int], None]
+#: Where rows of the batch that was fed last are stored; all of them when none is named.
+Locate = Callable[[Sequence[int]], str]
 
 
 class Output(Protocol):
@@ -46,37 +53,6 @@ class Output(Protocol):
         """Scalar number of auxiliary pairs."""
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """Curves of one epoch; losses are global means, the label loss unweighted by alpha."""
-
-    epoch: int
-    train_loss: float
-    auxiliary_loss: float
-    valid_log_loss: float
-    valid_auc: float
-
-
-@dataclass
-class Fitted:
-    """The best epoch of a run: its weights and its validation rows as scored then.
-
-    ``valid_logit``, ``valid_label`` hold every rank's rows, by rank and in the order fed.
-    """
-
-    state: dict[str, Tensor]
-    best: Epoch
-    epochs: list[Epoch]
-    valid_logit: metrics.Floats
-    valid_label: metrics.Floats
-    train_rows: int
-    seconds: float = field(default=0.0, compare=False)
-
-    def curves(self) -> list[dict[str, Any]]:
-        """The epochs as plain dicts."""
-        return [asdict(epoch) for epoch in self.epochs]
-
-
 def fit(
     network: nn.Module,
     train: Callable[[int], Iterable[Batch]],
@@ -84,60 +60,133 @@ def fit(
     config: TrainingConfig,
     auxiliary_weight: float,
     workers: Workers,
-    checkpoint: Path | None = None,
+    store: Store | None = None,
     valid_shift: float = 0.0,
+    resumed: dict[str, Any] | None = None,
+    report: Report = lambda phase, epoch, step: None,
+    locate: Locate = lambda rows: "rows of unknown place",
     regulariser: Callable[[Batch], Tensor] | None = None,
 ) -> Fitted:
     """Train until the validation log loss stops falling and leave the best weights in ``network``.
 
-    ``train(epoch)`` and ``valid()`` give this rank's batches, equally many on every rank. Ties keep the
-    earlier epoch. ``checkpoint`` receives the best state (rank 0), replaced whole. ``valid_shift`` is added
-    to validation logits before their log loss: what undoes sampled training rows, which validation has not.
+    ``train(epoch)`` and ``valid()`` give this rank's batches, equally many on every rank and the same each
+    time that they are asked for. Ties keep the earlier epoch. ``valid_shift`` is added to validation
+    logits before their log loss: what undoes sampled training rows, which validation has not.
+    ``store`` receives the state at each epoch's end and every ``config.checkpoint_steps`` steps (rank 0);
+    ``resumed`` is such a state, from which the run goes on as if it had never stopped: the epoch's batches up
+    to there are read and passed over.
     ``regulariser`` gives a term of the loss, the same on all ranks; no curve shows it.
-    Collective: all ranks call it with the same arguments but for their batches. Without dropout a run
-    repeats bit for bit for one rank and one thread; with it too, given the seed.
+    Collective: all ranks call it with the same arguments but for their batches. On one rank and one thread a
+    run repeats bit for bit, resumed or not.
 
     Raises:
-        DataError: a loss or gradient is not finite on any rank; raised on all ranks before the step. Or there
-            are no validation rows, or one has no finite score.
+        DataError: a loss or gradient is not finite on any rank; raised on all ranks before the step, naming
+            the rows. Or there are no validation rows, or one has no finite score.
     """
-    workers.broadcast_state(network.state_dict())
     torch.manual_seed(config.seed * 1_000_003 + workers.rank)  # dropout differs between ranks
     optimiser = torch.optim.AdamW(parameter_groups(network, config.weight_decay), lr=config.learning_rate)
-    epochs: list[Epoch] = []
-    fitted: Fitted | None = None
-    start = time.monotonic()
-    for number in range(1, config.max_epochs + 1):
-        train_loss, auxiliary_loss, rows = _train_epoch(
-            network, train(number), optimiser, config, auxiliary_weight, workers, regulariser
+    if resumed is None:
+        workers.broadcast_state(network.state_dict())
+        progress = Progress()
+    else:
+        progress = restore(resumed, network, optimiser, workers)
+        if not workers.rank:
+            log.info("resumed at epoch %d after %d steps of it", progress.epoch, progress.step)
+    start = time.monotonic() - progress.seconds
+
+    def save() -> None:
+        if store is None:
+            return
+        progress.seconds = time.monotonic() - start
+        tree = snapshot(network, optimiser, progress, workers)
+        where = progress.epoch, progress.step
+        if not workers.rank:
+            store.save(*where, tree, lambda: report("checkpoint", *where))
+
+    while not _is_over(progress, config):
+        num_rows = _train_epoch(
+            network,
+            train,
+            optimiser,
+            config,
+            auxiliary_weight,
+            workers,
+            progress,
+            save,
+            report,
+            locate,
+            regulariser,
         )
-        logit, label = score(network, valid(), workers)
-        if not logit.size or not np.isfinite(logit).all():  # gathered, so all ranks see it
-            raise DataError(
-                f"epoch {number}: {logit.size} validation rows, {np.isfinite(logit).sum()} of them with a "
-                "finite score; check the valid split or lower training.learning_rate"
-            )
-        epoch = Epoch(
-            number,
-            train_loss,
-            auxiliary_loss,
-            metrics.log_loss(logit + valid_shift, label),
-            metrics.auc(logit, label),
-        )
-        epochs.append(epoch)
-        if fitted is None or epoch.valid_log_loss < fitted.best.valid_log_loss:
-            state = copy.deepcopy(network.state_dict())
-            fitted = Fitted(state, epoch, epochs, logit, label, rows)
-            if checkpoint is not None and workers.rank == 0:
-                _save(state, checkpoint)
+        report("validate", progress.epoch, 0)
+        logit, label = score(network, valid(), workers, lambda: report("validate", progress.epoch, 0))
+        _end_epoch(network, config, workers, progress, (logit, label, valid_shift), num_rows)
         elapsed = time.monotonic() - start
-        _log_epoch(epoch, rows, elapsed, config, fitted.best, workers)
-        if number - fitted.best.epoch >= config.patience:
-            break
+        progress.next_epoch()
+        save()
+        _log_epoch(progress, num_rows, elapsed, config, workers)
+    fitted = progress.best
     assert fitted is not None  # max_epochs >= 1
     network.load_state_dict(fitted.state)
     fitted.seconds = time.monotonic() - start
     return fitted
+
+
+def _is_over(progress: Progress, config: TrainingConfig) -> bool:
+    if progress.best is None:
+        return False
+    done = len(progress.epochs)
+    return done >= config.max_epochs or done - progress.best.best.epoch >= config.patience
+
+
+def _end_epoch(
+    network: nn.Module,
+    config: TrainingConfig,
+    workers: Workers,
+    progress: Progress,
+    validation: tuple[metrics.Floats, metrics.Floats, float],
+    num_rows: int,
+) -> None:
+    """Judge the epoch; collective."""
+    logit, label, shift = validation
+    number, totals = progress.epoch, progress.totals
+    if not logit.size or not np.isfinite(logit).all():  # gathered, so all ranks see it
+        raise DataError(
+            f"epoch {number}: {logit.size} validation rows, {np.isfinite(logit).sum()} of them with a "
+            "finite score; check the valid split or lower training.learning_rate"
+        )
+    own = progress.own[0] / progress.own[1] if progress.own[1] else 0.0
+    epoch = Epoch(
+        number,
+        float(totals[0] / totals[1]) if totals[1] else float("nan"),
+        float(totals[2] / totals[3]) if totals[3] else 0.0,
+        metrics.log_loss(logit + shift, label),
+        metrics.auc(logit, label),
+        tuple(workers.gather([own]).tolist()),
+        learning_rate(config, workers.size, progress.steps, progress.rate_scale),
+    )
+    progress.epochs.append(epoch)
+    best = progress.best
+    if best is None or epoch.valid_log_loss < best.best.valid_log_loss:
+        state = copy.deepcopy(network.state_dict())
+        progress.best = best = Fitted(state, epoch, progress.epochs, logit, label, num_rows)
+    if (
+        config.plateau_epochs
+        and number - max(best.best.epoch, progress.halved_epoch) >= config.plateau_epochs
+    ):
+        progress.rate_scale, progress.halved_epoch = progress.rate_scale / 2, number
+
+
+def learning_rate(config: TrainingConfig, num_ranks: int, steps: int, rate_scale: float = 1.0) -> float:
+    """Of step number ``steps`` (from 1): scaled to the ranks, rising at first, halved at plateaus."""
+    match config.lr_scaling:
+        case "linear":
+            scale = float(num_ranks)
+        case "sqrt":
+            scale = math.sqrt(num_ranks)
+        case _:
+            scale = 1.0
+    rise = min(1.0, steps / config.warmup_steps) if config.warmup_steps else 1.0
+    return config.learning_rate * scale * rise * rate_scale
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -161,11 +210,14 @@ def backward(
     batch: Batch,
     auxiliary_weight: float,
     workers: Workers,
+    locate: Locate = lambda rows: "rows of unknown place",
+    half: bool = False,
     regulariser: Callable[[Batch], Tensor] | None = None,
-) -> tuple[float, float, float, float]:
+) -> tuple[float, float, float, float, float, float]:
     """Leave the gradient of the global loss in every parameter, the same on all ranks.
 
-    Returns this step's global label loss sum, label weight, auxiliary sum and auxiliary count.
+    ``half``: gradients travel in half precision. Returns this step's global label loss sum, label weight,
+    auxiliary sum and auxiliary count, then this rank's own label loss sum and label weight.
 
     Raises:
         DataError: anything is not finite on any rank; raised on all ranks, no parameter has moved.
@@ -178,7 +230,8 @@ def backward(
     local = [label_sum.item(), batch.weight.sum().item(), output.aux_sum.item(), output.aux_count.item()]
     sums = [float(value) for value in workers.allreduce_sum(local)]
     if not np.isfinite(sums).all():
-        raise _not_finite("loss", bool(np.isfinite(local).all()), workers)
+        is_sound = bool(np.isfinite(local).all())
+        raise _not_finite("loss", "" if is_sound else _suspects(network, batch, locate), workers)
     _, label_count, _, aux_count = sums
     loss = label_sum * (workers.size / label_count) if label_count else label_sum * 0.0
     if auxiliary_weight and aux_count:
@@ -193,31 +246,60 @@ def backward(
             parameter.grad = torch.zeros_like(parameter)
     gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    if half and workers.size > 1:
+        flat = flat.half()
     is_sound = bool(torch.isfinite(flat).all())
     # After averaging, a value that is not finite anywhere is not finite everywhere: one exchange does both.
     flat = workers.average(flat)
     if not torch.isfinite(flat).all():
-        raise _not_finite("gradient", is_sound, workers)
+        raise _not_finite("gradient", "" if is_sound else _suspects(network, batch, locate), workers)
     place = 0
     for gradient in gradients:
         gradient.copy_(flat[place : place + gradient.numel()].view_as(gradient))
         place += gradient.numel()
-    return sums[0], label_count, sums[2], aux_count
+    return sums[0], label_count, sums[2], aux_count, local[0], local[1]
 
 
-def _not_finite(what: str, is_sound: bool, workers: Workers) -> DataError:
-    """The same error on every rank, naming the ranks it came from; collective."""
-    wrong = workers.gather([] if is_sound else [workers.rank]).astype(int).tolist()
+def _suspects(network: nn.Module, batch: Batch, locate: Locate) -> str:
+    """Where the rows without a finite score are stored, or all of the batch if each row alone has one.
+
+    Scored in eval mode, in which rows do not touch each other, and with neutral running statistics: a bad row
+    has spoilt those of the step.
+    """
+    was_training = network.training
+    network.eval()
+    norms = _norms(network)
+    spoilt = [copy.deepcopy(norm.state_dict()) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+    with torch.no_grad():
+        logits = cast(Output, network(batch)).logits
+    for norm, state in zip(norms, spoilt, strict=True):
+        norm.load_state_dict(state)
+    network.train(was_training)
+    return locate(torch.nonzero(~torch.isfinite(logits)).reshape(-1).tolist())
+
+
+def _not_finite(what: str, suspects: str, workers: Workers) -> DataError:
+    """The same error on every rank, naming the ranks and rows it came from; collective."""
+    own = f"rank {workers.rank} ({suspects})\n" if suspects else ""
+    wrong = bytes(workers.gather(list(own.encode())).astype(np.uint8)).decode().splitlines()
     return DataError(
-        f"{what} is not finite on rank {', '.join(map(str, wrong)) or 'none alone'}; no step was taken, "
-        "check the examples or lower training.learning_rate"
+        f"{what} is not finite on {', '.join(wrong) or 'no rank alone'}; no step was taken and the last "
+        "checkpoint stays: check these rows, or lower training.learning_rate"
     )
 
 
 def score(
-    network: nn.Module, batches: Iterable[Batch], workers: Workers
+    network: nn.Module,
+    batches: Iterable[Batch],
+    workers: Workers,
+    progress: Callable[[], None] = lambda: None,
 ) -> tuple[metrics.Floats, metrics.Floats]:
-    """Logits and labels of all rows of all ranks, every row once, in eval mode."""
+    """Logits and labels of all rows of all ranks, every row once, in eval mode.
+
+    ``progress`` is called after each batch.
+    """
     was_training = network.training
     network.eval()
     logits, labels = [np.zeros(0)], [np.zeros(0)]
@@ -226,6 +308,7 @@ def score(
             if batch.size:
                 logits.append(cast(Output, network(batch)).logits.double().numpy())
                 labels.append(batch.label.double().numpy())
+            progress()
     network.train(was_training)
     return workers.gather(np.concatenate(logits)), workers.gather(np.concatenate(labels))
 
@@ -239,8 +322,7 @@ def average_statistics(network: nn.Module, workers: Workers, num_rows: int) -> N
     if workers.size == 1:
         return
     share = num_rows * workers.size / workers.allreduce_sum(num_rows)[0]
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
+    for norm in _norms(network):
         mean, variance = norm.running_mean, norm.running_var
         if mean is None or variance is None:
             continue
@@ -250,41 +332,60 @@ def average_statistics(network: nn.Module, workers: Workers, num_rows: int) -> N
         variance.copy_((mixed[1] - mixed[0] ** 2).clamp_min(0.0))
 
 
+def _norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
 def _train_epoch(
     network: nn.Module,
-    batches: Iterable[Batch],
+    train: Callable[[int], Iterable[Batch]],
     optimiser: torch.optim.Optimizer,
     config: TrainingConfig,
     auxiliary_weight: float,
     workers: Workers,
+    progress: Progress,
+    save: Callable[[], None],
+    report: Report,
+    locate: Locate,
     regulariser: Callable[[Batch], Tensor] | None,
-) -> tuple[float, float, int]:
-    """One pass, running statistics shared at its end.
-
-    Returns the global mean label loss, the global mean auxiliary loss and the rows of all ranks.
-    """
+) -> int:
+    """What is left of an epoch, running statistics shared at its end; returns its rows of all ranks."""
     network.train()
-    totals = np.zeros(4)
-    rows = 0
+    report("load", progress.epoch, progress.step)
+    batches = iter(train(progress.epoch))
+    for _ in islice(batches, progress.step):  # taken before the run was stopped
+        report("load", progress.epoch, progress.step)
     for batch in batches:
-        totals += backward(network, batch, auxiliary_weight, workers, regulariser)
+        report("step", progress.epoch, progress.step + 1)
+        half = config.gradient_compression == "fp16"
+        *totals, own_sum, own_weight = backward(
+            network, batch, auxiliary_weight, workers, locate, half, regulariser
+        )
         nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+        progress.step, progress.steps = progress.step + 1, progress.steps + 1
+        rate = learning_rate(config, workers.size, progress.steps, progress.rate_scale)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
         optimiser.step()
-        rows += batch.size
+        progress.totals += totals
+        progress.own += (own_sum, own_weight, batch.size)
+        if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:
+            save()
+        report("load", progress.epoch, progress.step)
+    rows = progress.own[2]
     num_rows = int(workers.allreduce_sum(rows)[0])
     if not num_rows:
         raise DataError("training rows: none were fed; widen the dates of the train split")
-    average_statistics(network, workers, rows)
-    loss = totals[0] / totals[1] if totals[1] else float("nan")
-    auxiliary = totals[2] / totals[3] if totals[3] else 0.0
-    return float(loss), float(auxiliary), num_rows
+    average_statistics(network, workers, int(rows))
+    return num_rows
 
 
 def _log_epoch(
-    epoch: Epoch, rows: int, elapsed: float, config: TrainingConfig, best: Epoch, workers: Workers
+    progress: Progress, rows: int, elapsed: float, config: TrainingConfig, workers: Workers
 ) -> None:
-    if workers.rank:
+    if workers.rank or progress.best is None:
         return
+    epoch = progress.epochs[-1]
     per_epoch = elapsed / epoch.epoch
     log.info(
         "epoch %d/%d: train %.4f, auxiliary %.4f, valid log loss %.4f, valid AUC %.4f (best epoch %d); "
@@ -295,26 +396,7 @@ def _log_epoch(
         epoch.auxiliary_loss,
         epoch.valid_log_loss,
         epoch.valid_auc,
-        best.epoch,
+        progress.best.best.epoch,
         rows / per_epoch if per_epoch else 0.0,
         per_epoch * (config.max_epochs - epoch.epoch),
     )
-
-
-def _save(state: dict[str, Tensor], path: Path) -> None:
-    """Replace the checkpoint whole: a reader sees the old or the new one."""
-    stream = io.BytesIO()
-    torch.save(state, stream)
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(stream.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise InfraError(
-            f"{path} cannot be written ({error.strerror}, {stream.tell()} bytes needed); free "
-            "space and run again"
-        ) from error

@@ -1,0 +1,168 @@
+"""Heartbeats of ranks and who watches them: a rank that makes no progress is found and named.
+
+Horovod's own stall inspector sees no rank under Gloo, and a stopped process prints nothing and never ends. So
+each rank keeps one small file in the run's folder up to date, and the process that started the ranks reads
+them. The file also counts the exchanges that a rank has entered: all ranks enter the same ones in the same
+order, so the rank that lags is the one with the fewest, whatever the clocks say.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from couponflow.errors import InfraError
+
+#: Phases in which a rank may wait for others to start, and in which nothing more is expected of it.
+STARTING, DONE = "start", "done"
+_RECORD_BYTES = 256
+_LAUNCHER = "launcher"
+#: Seconds between two looks at the heartbeats, and between two of a rank at its launcher.
+_LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where a rank is: what it was last about to do, and how many exchanges it has entered."""
+
+    rank: int
+    phase: str
+    epoch: int = 0
+    step: int = 0
+    exchanges: int = 0
+    process: int = 0
+    time: float = 0.0
+
+    def __str__(self) -> str:
+        where = f"at epoch {self.epoch}, step {self.step}" if self.epoch else "before the first epoch"
+        return f"{where} (last phase: {self.phase})"
+
+
+class Pulse:
+    """One rank's heartbeat; each beat replaces the last in one write."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        """Begin to beat in ``folder``."""
+        self._file = os.open(_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        launcher = folder / _LAUNCHER
+        self._launcher = int(launcher.read_text(encoding="utf-8")) if launcher.is_file() else 0
+        self._looked = 0.0
+        self._beat = Beat(rank, STARTING, process=os.getpid())
+        self._write()
+
+    def beat(self, phase: str, epoch: int = 0, step: int = 0) -> None:
+        """Say what this rank is about to do.
+
+        Raises:
+            InfraError: the process that started the ranks is gone; nobody would use the result.
+        """
+        self._beat = replace(self._beat, phase=phase, epoch=epoch, step=step)
+        self._write()
+        now = time.monotonic()
+        if self._launcher and now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            if not _is_alive(self._launcher):
+                raise InfraError("the process that started this rank is gone; run again")
+
+    def exchange(self) -> None:
+        """Say that this rank enters an exchange with the others."""
+        self._beat = replace(self._beat, exchanges=self._beat.exchanges + 1)
+        self._write()
+
+    def _write(self) -> None:
+        record = json.dumps(asdict(replace(self._beat, time=time.time())))
+        os.pwrite(self._file, record.ljust(_RECORD_BYTES).encode(), 0)
+
+
+class Watch:
+    """The launcher's view of all heartbeats of a run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        num_ranks: int,
+        start_seconds: float,
+        stall_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Forget an earlier run's heartbeats and tell the ranks who watches.
+
+        A rank may take ``stall_seconds`` between two beats, and ``start_seconds`` more while ranks start.
+        """
+        for stale in folder.glob("heartbeat-*"):
+            stale.unlink()
+        (folder / _LAUNCHER).write_text(str(os.getpid()), encoding="utf-8")
+        self._folder, self._start, self._stall, self._clock = folder, start_seconds, stall_seconds, clock
+        begun = clock()
+        self._looked = begun
+        #: Of each rank the last beat, and when it was first seen by this process' clock.
+        self._seen = {rank: (Beat(rank, STARTING, exchanges=-1), begun) for rank in range(num_ranks)}
+
+    def beats(self) -> list[Beat]:
+        """The last beat of each rank; one that has not beaten yet has no process."""
+        return [beat for beat, _ in self._seen.values()]
+
+    def look(self) -> bool:
+        """Read the heartbeats, unless they were just read; returns whether they were.
+
+        Raises:
+            InfraError: a rank made no progress for too long; the one that lags is named.
+        """
+        now = self._clock()
+        if now - self._looked < _LOOK_SECONDS:
+            return False
+        self._looked = now
+        self.refresh()
+        working = [found for found in self._seen.values() if found[0].phase != DONE]
+        if not working:
+            if now - max(since for _, since in self._seen.values()) > self._stall:
+                raise InfraError(
+                    f"all ranks are done but their launcher did not end for {self._stall:g} s and was "
+                    "killed; run again"
+                )
+            return True
+        # The others wait for those that lag; while these go on, nobody is stuck.
+        fewest = min(beat.exchanges for beat, _ in working)
+        beat, since = min(
+            (found for found in working if found[0].exchanges == fewest), key=lambda found: found[1]
+        )
+        if now - since > self._limit(beat):
+            raise InfraError(
+                f"rank {beat.rank} made no progress for {now - since:.0f} s {beat} and all ranks were "
+                "killed; run again: training resumes from its last checkpoint"
+            )
+        return True
+
+    def refresh(self) -> None:
+        """Read every heartbeat; a changed one counts as progress now."""
+        for rank, (last, _) in self._seen.items():
+            beat = _read(_path(self._folder, rank))
+            if beat is not None and beat != last:
+                self._seen[rank] = beat, self._clock()
+
+    def _limit(self, beat: Beat) -> float:
+        return self._stall + (self._start if beat.phase == STARTING else 0.0)
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / f"heartbeat-{rank}"
+
+
+def _read(path: Path) -> Beat | None:
+    """The beat in a file; None if there is none, or it is being written."""
+    try:
+        return Beat(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's: it is there
+        return True
+    return True
