@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from couponflow.models import kernels
-from couponflow.models.layers import AttentionScorer, Cell, GruCell, MlpScorer, packing
+from couponflow.models.attention import AttentionScorer
+from couponflow.models.layers import Cell, GruCell, MlpScorer, packing
 
 
 @pytest.fixture(autouse=True)
