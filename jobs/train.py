@@ -45,7 +45,7 @@ def main(
     log_json: LogJson = False,
     run_folder: RunFolder = None,
 ) -> None:
-    """Train one model: logistic, dien or blend."""
+    """Train one model: rate, rule, logistic, boosted, dien or blend."""
     if run_folder is not None:  # one rank of a run that this job has started
         set_up_logging(log_json)
         fitting.run_rank(run_folder, model)

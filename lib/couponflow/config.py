@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from couponflow.errors import ConfigError
 from couponflow.mappings import FeedsConfig
+from couponflow.modelling import BoostingConfig, CalibrationConfig
 from couponflow.sections import (
     ConversionsConfig,
     EvaluationConfig,
@@ -54,6 +55,8 @@ class Config(Section):
     examples: ExamplesConfig = ExamplesConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+    boosting: BoostingConfig = BoostingConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     scoring: ScoringConfig = ScoringConfig()
     selection: SelectionConfig = SelectionConfig()

@@ -88,7 +88,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="A.B=VALUE", help="Override one config value; may be repeated."),
 ]
 Campaign = Annotated[str, typer.Option("--campaign", help="Campaign id, such as 18.")]
-Model = Annotated[str, typer.Option("--model", help="Model kind: logistic, dien or blend.")]
+Model = Annotated[str, typer.Option("--model", help="Model kind, such as logistic or dien.")]
 FromScratch = Annotated[
     bool, typer.Option("--from-scratch", help="Train without the checkpoints of a run that died.")
 ]

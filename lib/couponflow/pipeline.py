@@ -109,8 +109,13 @@ def plan(config: Config) -> list[Stage]:
     day = DateRange.day(run.run_date)
     campaign = run.campaign_id
     scoring = f"build_examples campaign {campaign}"
-    models = tuple(f"train {kind}" for kind in ("logistic", "dien", "blend"))
-    fit = ("model", "training")
+    baselines = {
+        "rate": ("calibration",),
+        "rule": ("calibration",),
+        "boosted": ("boosting", "training.seed", "calibration"),
+    }
+    models = tuple(f"train {kind}" for kind in ("logistic", "dien", "blend", *baselines))
+    fit = ("model", "training", "calibration")
     return [
         Stage("land", data, ("lake", "source", "world", "sessions.gap_minutes", "run"), uses_spark=False),
         Stage(
@@ -146,6 +151,10 @@ def plan(config: Config) -> list[Stage]:
         Stage("train", fitting, fit, ("build_examples",), model="logistic", uses_spark=False),
         Stage("train", fitting, fit, ("build_examples",), model="dien", uses_spark=False),
         Stage("train", fitting, fit, models[:2], model="blend", uses_spark=False),
+        *[
+            Stage("train", fitting, sections, ("build_examples",), model=kind, uses_spark=False)
+            for kind, sections in baselines.items()
+        ],
         Stage("evaluate", judging, ("evaluation",), models, uses_spark=False),
         Stage(
             "build_examples",

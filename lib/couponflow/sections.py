@@ -412,7 +412,7 @@ class ScoringConfig(Section):
 
     model: str = Field(
         default="champion",
-        description="'champion', a kind (dien, logistic, blend: its newest bundle), or a model version.",
+        description="'champion', a kind (such as dien or logistic: its newest bundle), or a model version.",
     )
     arrow_batch_rows: int = Field(default=10_000, ge=1, description="Users per Arrow batch.")
     chunk_rows: int = Field(default=512, ge=1, description="Users scored at once, sorted by history length.")

@@ -17,8 +17,11 @@ from training_lake import make_lake, make_row
 from couponflow.errors import DataError
 from couponflow.lake import layouts, runs
 from couponflow.models.batch import Batch, empty_batch, random_batch
+from couponflow.models.bundle import load_bundle
+from couponflow.models.calibration import fit_platt
+from couponflow.models.tabular import CAMPAIGN_TYPES
 from couponflow.sections import TrainingConfig
-from couponflow.training import feed, launch, registry, trainer
+from couponflow.training import calibrators, feed, fitting, launch, registry, trainer
 from couponflow.training.checkpoints import Identity, Store
 
 WIDE = 4
@@ -132,16 +135,27 @@ def lake(tmp_path: Path) -> tuple[str, str]:
     return make_lake(tmp_path)
 
 
+def check_segments(root: str, version: str) -> None:
+    """Types met their own logits though two ranks scored them: the fit of one process is the same."""
+    bundle = load_bundle(Path(root, "models", version))
+    rows = feed.read_all(feed.load_manifest(root), "valid")
+    logit, types = fitting.score_rows(bundle, rows), calibrators.row_types(rows)
+    again = fit_platt(logit, np.array([row.label for row in rows]), types=types)
+    assert set(bundle.calibrator.segments) == set(CAMPAIGN_TYPES)
+    for name, pair in again.segments.items():
+        assert bundle.calibrator.segments[name] == pytest.approx(pair, abs=1e-3)
+
+
 def test_train_and_evaluate_jobs(lake: tuple[str, str], tmp_path: Path) -> None:
     from jobs import evaluate, train
 
     config, root = lake
-    arguments = ["--config", config, "--dates", "2024-01-10"]
-    for model in ("logistic", "dien", "blend"):
+    arguments = ["--config", config, "--dates", "2024-01-10", "--set", "calibration.by=campaign_type"]
+    for model in ("logistic", "dien", "blend", "rate", "rule", "boosted"):
         train.app([*arguments, "--model", model], standalone_mode=False)
     evaluate.app(arguments, standalone_mode=False)
     records = {record.arguments["model"]: record for record in runs.load_all(root, "train")}
-    assert set(records) == {"logistic", "dien", "blend"}
+    assert set(records) == set(registry.KINDS)
     assert records["dien"].rows == {"training_examples.train": 531, "training_examples.valid": 180}
     assert records["dien"].facts["num_ranks"] == 2
     assert len(records["dien"].facts["epochs"]) == 3
@@ -150,12 +164,15 @@ def test_train_and_evaluate_jobs(lake: tuple[str, str], tmp_path: Path) -> None:
     (evaluated,) = runs.load_all(root, "evaluate")
     record = json.loads(Path(root, "evaluations", f"{evaluated.run_id}.json").read_text())
     assert (record["num_rows"], record["split"], record["training_examples_version"]) == (180, "test", 0)
-    assert set(record["models"]) == {"logistic", "dien", "blend"}
-    assert min(found["metrics"]["auc"] for found in record["models"].values()) > 0.75
+    assert set(record["models"]) == set(record["calibration"]) == set(registry.KINDS)
+    auc = {name: found["metrics"]["auc"] for name, found in record["models"].items()}
+    assert min(auc[name] for name in ("logistic", "dien", "blend", "boosted")) > 0.7
+    assert max(auc["rate"], auc["rule"]) < 0.7  # the label depends on neither
     assert record["gate"]["champion"] == "logistic"
-    assert {found["challenger"] for found in record["comparisons"]} == {"dien", "blend"}
+    assert {found["challenger"] for found in record["comparisons"]} == set(registry.KINDS) - {"logistic"}
     assert record["training"]["dien"]["num_ranks"] == 2
-    for kind in ("logistic", "dien", "blend"):
+    check_segments(root, registry.resolve(root, "dien"))
+    for kind in registry.KINDS:
         assert record["models"][kind]["model_version"] == records[kind].facts["model_version"]
 
 

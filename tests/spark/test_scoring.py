@@ -17,6 +17,7 @@ from pyspark.sql import DataFrame, SparkSession
 from couponflow.campaign import scoring
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import layouts, schemas, storage
+from couponflow.models import tabular
 from couponflow.models.batch import RANDOM_SIZES, decode
 from couponflow.models.bundle import Bundle, save_bundle
 from couponflow.models.calibration import Calibrator
@@ -70,7 +71,7 @@ def direct(bundle: Bundle, users: list[Packed], campaign: str) -> dict[str, tupl
         logit = bundle.logits(decode([user["history"]], [target], [wide]))
         found[user["user_id"]] = (
             float(torch.sigmoid(torch.tensor(logit[0]))),
-            float(bundle.probabilities(logit)[0]),
+            float(bundle.probabilities(logit, tabular.campaign_types(np.frombuffer(wide, "<f4")[None]))[0]),
         )
     return found
 
@@ -82,7 +83,8 @@ def bundle() -> Bundle:
     with torch.no_grad():  # an untrained head is nearly constant; spread it
         for parameter in network.parameters():
             parameter.mul_(1.5)
-    calibrator = Calibrator("platt", slope=0.8, intercept=-1.0)
+    shifts = {"type_a": -0.7, "type_c": 0.4}
+    calibrator = Calibrator("platt", slope=0.8, intercept=-1.0, shifts=shifts)
     return Bundle(network.eval(), "v1", dict(RANDOM_SIZES), calibrator=calibrator)
 
 

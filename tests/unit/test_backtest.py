@@ -138,7 +138,8 @@ def test_a_model_of_sampled_rows_is_corrected_before_its_fitted_map(tmp_path: Pa
     valid = make_rows(2000, 3, "valid", base=-2.0)
     dataset = replace(make_dataset(tmp_path, kept + valid), sampling_rate=0.25)
     bundle, plain = (
-        fitting.fit_logistic(config, chosen) for chosen in (dataset, replace(dataset, sampling_rate=1.0))
+        fitting.fit_tabular(config, chosen, "logistic")
+        for chosen in (dataset, replace(dataset, sampling_rate=1.0))
     )
     assert bundle.calibrator.sampling_rate == 0.25
     assert abs(bundle.calibrator.intercept) < 0.3  # the exact part leaves the fitted one little to do

@@ -8,8 +8,10 @@ from couponflow.config import load_config
 from couponflow.errors import DataError
 from couponflow.lake import layouts
 from couponflow.models.batch import Batch, random_batch
-from couponflow.models.bundle import Bundle, Logistic
+from couponflow.models.bundle import Bundle
+from couponflow.models.calibration import fit_platt, fit_temperature
 from couponflow.models.dien import Dien
+from couponflow.models.tabular import Logistic
 from couponflow.training import baselines, fitting, metrics
 from couponflow.training.launch import Workers
 
@@ -106,10 +108,46 @@ def test_calibration_of_the_blend_is_cross_fitted() -> None:
     zero = np.zeros(NUM_WIDE)
     members = {kind: Bundle(Logistic(zero, 0.0, zero, zero + 1), "v1", SIZES) for kind in logits}
     bundle = baselines.blend_bundle(members, logits, label, [f"u{n}" for n in range(80)])
-    in_sample = baselines.fit_platt(
+    in_sample = fit_platt(
         sum(bundle.model.weights[k] * logits[k] for k in logits) + bundle.model.intercept, label
     )
     assert bundle.calibrator.slope < in_sample.slope - 0.3
+
+
+def test_the_calibrator_of_the_blend_is_the_one_asked_for() -> None:
+    generator = np.random.default_rng(1)
+    logits = {"logistic": generator.normal(size=80)}
+    label = (generator.random(80) < 0.4).astype(float)
+    zero = np.zeros(NUM_WIDE)
+    members = {"logistic": Bundle(Logistic(zero, 0.0, zero, zero + 1), "v1", SIZES)}
+    users = [f"u{n}" for n in range(80)]
+    bundle = baselines.blend_bundle(members, logits, label, users, fit_temperature)
+    assert bundle.calibrator.method == "temperature"
+
+
+def test_rates_are_those_of_the_types_and_of_all_rows_elsewhere() -> None:
+    wide = np.zeros((10, NUM_WIDE))
+    a, b, c = (layouts.WIDE_FEATURES.index(f"is_type_{letter}") for letter in "abc")
+    wide[:4, a] = wide[4:8, b] = wide[8:, c] = 1.0
+    label = np.array([1.0, 0, 0, 0, 1, 1, 1, 0, 0, 0])
+    model = baselines.fit_rate(wide, label)
+    rates = {name: float(sigmoid(value)) for name, value in model.by_type.items()}
+    assert rates == {"type_a": pytest.approx(0.25), "type_b": pytest.approx(0.75)}  # none of c converted
+    assert sigmoid(model.overall) == pytest.approx(0.4)
+    with pytest.raises(DataError, match="conversion rate: 0 positives in 10 rows"):
+        baselines.fit_rate(wide, np.zeros(10))
+
+
+def test_the_rule_is_scaled_and_its_order_left_alone() -> None:
+    generator = np.random.default_rng(3)
+    wide = generator.normal(size=(2000, NUM_WIDE))
+    places = [layouts.WIDE_FEATURES.index(name) for name in baselines.RULE]
+    score = wide[:, places] @ np.array(list(baselines.RULE.values()))
+    label = (generator.random(2000) < sigmoid(0.8 * score - 1.0)).astype(float)
+    model = baselines.fit_rule(wide, label)
+    assert (model.slope, model.intercept) == (pytest.approx(0.8, abs=0.15), pytest.approx(-1.0, abs=0.2))
+    assert model.score(wide) == pytest.approx(score, abs=1e-9)
+    assert baselines.RULE["num_redemptions"] > 0 > baselines.RULE["recency_days"]
 
 
 def test_folds_keep_users_together_and_are_balanced() -> None:

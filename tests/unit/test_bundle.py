@@ -15,10 +15,12 @@ import torch
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import layouts
 from couponflow.models.batch import RANDOM_SIZES, random_batch
-from couponflow.models.bundle import Blend, Bundle, Logistic, load_bundle, save_bundle
+from couponflow.models.bundle import KINDS, Blend, Bundle, load_bundle, save_bundle
 from couponflow.models.calibration import Calibrator
 from couponflow.models.dien import Dien
+from couponflow.models.tabular import Logistic, Rate, Rule, Trees
 from couponflow.sections import ModelConfig
+from couponflow.training import registry
 
 NUM_WIDE = len(layouts.WIDE_FEATURES)
 SMALL = ModelConfig(
@@ -59,7 +61,35 @@ def blend_bundle() -> Bundle:
     return Bundle(Blend(0.25, {"dien": 0.5, "logistic": 2.0}, members), "v1", dict(RANDOM_SIZES))
 
 
-BUNDLES = {"dien": dien_bundle, "logistic": logistic_bundle, "blend": blend_bundle}
+def rate_bundle() -> Bundle:
+    return replace(logistic_bundle(), model=Rate(-2.0, {"type_a": -1.5, "type_b": -2.5}))
+
+
+def rule_bundle() -> Bundle:
+    return replace(logistic_bundle(), model=Rule({"recency_days": -1 / 3, "num_redemptions": 1.0}, 0.7, -1.0))
+
+
+def boosted_bundle() -> Bundle:
+    """One split in the middle of the first aggregate."""
+    cut = float(BATCH.wide[:, 0].median())
+    model = Trees(
+        -1.0, NUM_WIDE, [0], [0, 0, 0], [cut, 0.0, 0.0], [1, -1, -1], [2, -1, -1], [0, 0, 0], [0.0, -0.4, 0.6]
+    )
+    return replace(logistic_bundle(), model=model)
+
+
+BUNDLES = {
+    "dien": dien_bundle,
+    "logistic": logistic_bundle,
+    "blend": blend_bundle,
+    "rate": rate_bundle,
+    "rule": rule_bundle,
+    "boosted": boosted_bundle,
+}
+
+
+def test_every_kind_is_under_test() -> None:
+    assert set(BUNDLES) == set(KINDS) == set(registry.KINDS)
 
 
 def saved(tmp_path: Path, bundle: Bundle | None = None) -> Path:
@@ -120,11 +150,12 @@ def test_equal_models_have_equal_names_and_other_models_others() -> None:
     others = {
         dien_bundle(seed=1).model_version,
         replace(bundle, calibrator=Calibrator("platt", 0.9, -0.2)).model_version,
+        replace(bundle, calibrator=replace(CALIBRATOR, shifts={"type_a": 0.1})).model_version,
         replace(bundle, vocabulary_version="v2").model_version,
         logistic_bundle().model_version,
         blend_bundle().model_version,
     }
-    assert len(others | same) == 6
+    assert len(others | same) == 7
 
 
 def test_a_statistic_is_part_of_the_name() -> None:

@@ -18,6 +18,7 @@ LAYERS = {
     "sections": 3,
     "world": 3,
     "mappings": 3,
+    "modelling": 3,
     "config": 4,
     "lake": 5,
     "scopes": 6,
@@ -37,6 +38,7 @@ LAYERS = {
     "console": 12,
     "checks": 13,
     "upkeep": 13,
+    "model_commands": 13,
     "cli": 14,
 }
 
@@ -46,6 +48,7 @@ AT_TOP = {
     "sections": {"pydantic"},
     "world": {"pydantic"},
     "mappings": {"pydantic"},
+    "modelling": {"pydantic"},
     "config": {"pydantic"},
     "entry": {"typer"},
     "cli": {"typer", "rich", "pydantic"},
@@ -53,6 +56,7 @@ AT_TOP = {
     "commands": {"typer"},
     "checks": {"typer"},
     "upkeep": {"typer"},
+    "model_commands": {"typer"},
     "lake.tables": {"pyspark", "delta", "py4j"},
     "lake.erasure": {"pyspark", "py4j"},
     "lake.upkeep": {"pyspark"},

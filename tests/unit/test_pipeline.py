@@ -191,6 +191,17 @@ def test_a_new_learning_rate_keeps_the_examples(tmp_path: Path) -> None:
     assert stale == {"train logistic", "train dien", "train blend"}
 
 
+def test_a_new_calibration_retrains_every_kind_and_each_kind_is_planned(tmp_path: Path) -> None:
+    plain, changed = test_config(tmp_path), test_config(tmp_path, "calibration.method=temperature")
+    planned = pipeline.plan(plain)
+    kinds = {stage.model for stage in planned if stage.job == "train"}
+    assert kinds == set(registry.KINDS)
+    stale = {s.name for s in planned if plain.fingerprint(*s.sections) != changed.fingerprint(*s.sections)}
+    assert stale == {f"train {kind}" for kind in kinds}
+    (evaluate,) = [stage for stage in planned if stage.job == "evaluate"]
+    assert stale <= set(evaluate.after)
+
+
 def test_checkpoints_beside_the_commits_are_no_versions(config: Config) -> None:
     commit(config, 3)
     for name in (

@@ -148,6 +148,7 @@ def score_rows(
     Raises:
         DataError: packed columns disagree with the declared sizes.
     """
+    from couponflow.models import tabular
     from couponflow.models.batch import decode
 
     columns = {name: rows.column(name).to_pylist() for name in _INPUT}
@@ -168,12 +169,14 @@ def score_rows(
             wide[row] = columns["wide"][row][_WIDE_BYTES * place : _WIDE_BYTES * (place + 1)]
     wanted = np.fromiter(targets, np.int64, len(targets))
     logits = np.empty(len(wanted), np.float64)
+    types = np.empty(len(wanted), object)
     by_length = np.argsort(length[wanted], kind="stable")
     for start in range(0, len(wanted), chunk_rows):
         places = by_length[start : start + chunk_rows]
         chunk = wanted[places].tolist()
         batch = decode([histories[r] for r in chunk], [targets[r] for r in chunk], [wide[r] for r in chunk])
         logits[places] = bundle.logits(batch, chunk_rows)
+        types[places] = tabular.campaign_types(batch.wide.numpy())
     with np.errstate(over="ignore"):  # exp of a large negative logit: the score is 0, as it should be
         score = 1.0 / (1.0 + np.exp(-logits))
     size = len(wanted)
@@ -184,7 +187,7 @@ def score_rows(
         pa.array([campaign_id] * size, pa.string()),
         pa.array([bundle.model_version] * size, pa.string()),
         pa.array(score, pa.float64()),
-        pa.array(bundle.probabilities(logits), pa.float64()),
+        pa.array(bundle.probabilities(logits, types), pa.float64()),
         pa.array(length[wanted] == 0, pa.bool_()),
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=_OUTPUT)

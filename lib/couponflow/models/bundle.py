@@ -25,48 +25,12 @@ from couponflow.lake import layouts
 from couponflow.models.batch import Array, Batch, beyond_vocabulary
 from couponflow.models.calibration import IDENTITY, Calibrator
 from couponflow.models.dien import Dien
+from couponflow.models.tabular import FORMS, Tabular
 from couponflow.sections import ModelConfig
 
 BUNDLE_SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-KINDS = ("logistic", "dien", "blend")
-
-
-@dataclass(frozen=True, eq=False)
-class Logistic:
-    """Logistic regression on standardised aggregates: ``coef . (wide - mean) / sd + intercept``.
-
-    ``coef``, ``mean``, ``sd`` are float64 [F] in the order of ``Bundle.wide_features``; an sd of 0 (a
-    constant feature) counts as 1.
-    """
-
-    coef: Array
-    intercept: float
-    mean: Array
-    sd: Array
-
-    def __post_init__(self) -> None:
-        for name in ("coef", "mean", "sd"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
-        shapes = {self.coef.shape, self.mean.shape, self.sd.shape}
-        numbers = np.concatenate([self.coef.ravel(), self.mean.ravel(), self.sd.ravel(), [self.intercept]])
-        if len(shapes) != 1 or self.coef.ndim != 1 or not np.isfinite(numbers).all():
-            raise ConfigError(f"logistic: shapes {shapes} differ or a number is not finite; train it again")
-
-    def logits(self, batch: Batch) -> Array:
-        """Float64 [B]; each row is summed on its own, so no other row can change it by a bit."""
-        sd = np.where(self.sd == 0.0, 1.0, self.sd)
-        standardised = (batch.wide.cpu().numpy().astype(np.float64) - self.mean) / sd
-        return np.asarray((standardised * self.coef).sum(axis=1) + self.intercept)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, exact: floats keep all digits."""
-        return {
-            "coef": self.coef.tolist(),
-            "intercept": float(self.intercept),
-            "mean": self.mean.tolist(),
-            "sd": self.sd.tolist(),
-        }
+KINDS = (*FORMS, "dien", "blend")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +61,7 @@ class Bundle:
     part of the version. ``dataclasses.replace(bundle, calibrator=...)`` gives the recalibrated model.
     """
 
-    model: Dien | Logistic | Blend
+    model: Dien | Tabular | Blend
     vocabulary_version: str
     vocabulary_sizes: dict[str, int]
     wide_features: tuple[str, ...] = layouts.WIDE_FEATURES
@@ -106,14 +70,14 @@ class Bundle:
 
     @property
     def kind(self) -> str:
-        """``dien``, ``logistic`` or ``blend``."""
+        """``dien``, ``blend``, or the kind of a model of the aggregates."""
         match self.model:
             case Dien():
                 return "dien"
-            case Logistic():
-                return "logistic"
             case Blend():
                 return "blend"
+            case _:
+                return self.model.kind
 
     @cached_property
     def model_version(self) -> str:
@@ -137,8 +101,6 @@ class Bundle:
                 f"{batch.wide.shape[1]}; rebuild the examples"
             )
         match self.model:
-            case Logistic():
-                return self.model.logits(batch)
             case Blend():
                 members = sorted(self.model.members.items())
                 parts = [
@@ -148,10 +110,12 @@ class Bundle:
             case Dien():
                 self._check_ids(batch)
                 return _network_logits(self.model, batch, chunk_rows)
+            case _:
+                return self.model.logits(batch)
 
-    def probabilities(self, logits: Array) -> Array:
-        """Calibrated P(conversion given send) of raw logits."""
-        return self.calibrator.apply(logits)
+    def probabilities(self, logits: Array, types: Array | None = None) -> Array:
+        """Calibrated P(conversion given send) of raw logits; ``types`` as in ``Calibrator.apply``."""
+        return self.calibrator.apply(logits, types)
 
     def _check_ids(self, batch: Batch) -> None:
         if beyond := beyond_vocabulary(batch, self.vocabulary_sizes):
@@ -181,8 +145,6 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
             torch.save(_cpu_state(bundle.model), stream)
             files["network.pt"] = stream.getvalue()
             files["model_config.json"] = _json(bundle.model.config.model_dump(mode="json"))
-        case Logistic():
-            files["logistic.json"] = _json(bundle.model.to_dict())
         case Blend():
             files["blend.json"] = _json(bundle.model.to_dict())
             for kind, member in sorted(bundle.model.members.items()):
@@ -191,6 +153,8 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
                 for path in sorted(place.rglob("*")):
                     if path.is_file():
                         files[path.relative_to(folder).as_posix()] = path.read_bytes()
+        case _:
+            files[f"{bundle.kind}.json"] = _json(bundle.model.to_dict())
     for name, content in files.items():
         if not name.startswith("members/"):
             (folder / name).write_bytes(content)
@@ -251,9 +215,9 @@ def load_bundle(folder: Path, vocabulary_version: str | None = None) -> Bundle:
 
 def _model(
     folder: Path, kind: str, files: Mapping[str, bytes], sizes: dict[str, int], num_wide: int, vocabulary: str
-) -> Dien | Logistic | Blend:
-    if kind == "logistic":
-        return Logistic(**json.loads(files["logistic.json"]))
+) -> Dien | Tabular | Blend:
+    if kind in FORMS:
+        return FORMS[kind](**json.loads(files[f"{kind}.json"]))
     if kind == "blend":
         stored = json.loads(files["blend.json"])
         members = {name: load_bundle(folder / "members" / name, vocabulary) for name in stored["weights"]}
@@ -348,12 +312,12 @@ def _fingerprint(bundle: Bundle) -> str:
                 name: [str(tensor.dtype), list(tensor.shape), _digest(tensor)]
                 for name, tensor in _cpu_state(bundle.model).items()
             }
-        case Logistic():
-            contents["logistic"] = bundle.model.to_dict()
         case Blend():
             members = bundle.model.members.items()
             contents["blend"] = bundle.model.to_dict()
             contents["members"] = {kind: member.model_version for kind, member in members}
+        case _:
+            contents[bundle.kind] = bundle.model.to_dict()
     return hashlib.sha256(_json(contents)).hexdigest()
 
 

@@ -17,7 +17,7 @@ from couponflow.errors import DataError
 from couponflow.training import evaluation, feed, metrics
 
 if TYPE_CHECKING:
-    from couponflow.models.bundle import Logistic
+    from couponflow.models.tabular import Logistic
 
 log = logging.getLogger("couponflow")
 

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from couponflow.config import Config
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import faults, storage
-from couponflow.training import feed, launch, metrics, registry
+from couponflow.training import calibrators, feed, launch, metrics, registry
 from couponflow.training.launch import Workers
 
 if TYPE_CHECKING:
@@ -117,16 +118,30 @@ def train_rank(config: Config, kind: str, folder: Path, workers: Workers, datase
         case "dien":
             bundle = fit_dien(config, dataset, workers, folder)
             num_train = dataset.rows(_TRAIN)
-        case "logistic":
-            bundle, num_train = fit_logistic(config, dataset), dataset.rows(_TRAIN)
-        case _:
+        case "blend":
             bundle, num_train = fit_blend(config, dataset, folder), 0
+        case _:
+            bundle, num_train = fit_tabular(config, dataset, kind), dataset.rows(_TRAIN)
     if workers.rank:
         return
+    bundle = replace(bundle, metrics={**bundle.metrics, "fitted_on": fitted_on(config, kind)})
     save_bundle(bundle, folder / _BUNDLE)
     rows = {f"{feed.TABLE}.{_TRAIN}": num_train, f"{feed.TABLE}.{_VALID}": dataset.rows(_VALID)}
     result = {"rows": rows, "metrics": bundle.metrics}
     (folder / _RESULT).write_text(json.dumps(result), encoding="utf-8")
+
+
+def fitted_on(config: Config, kind: str) -> dict[str, int]:
+    """The rows that shaped the weights, as UTC microseconds since 1970.
+
+    They were sent at ``from`` or later and their labels were final by ``final_by``; a later calibrator must
+    be fitted on others. The weights of a blend come from ``valid``.
+    """
+    until = "test_start" if kind == "blend" else "valid_start"
+    return {
+        "from": calibrators.instant(config, "train_start"),
+        "final_by": calibrators.instant(config, until),
+    }
 
 
 def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Path) -> "Bundle":
@@ -134,7 +149,7 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
     import torch
 
     from couponflow.models.bundle import Bundle
-    from couponflow.models.calibration import Calibrator, fit_platt
+    from couponflow.models.calibration import Calibrator
     from couponflow.models.dien import Dien
     from couponflow.training import trainer
 
@@ -174,7 +189,15 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
         raise DataError(
             f"trained on {fitted.train_rows} rows of {dataset.rows(_TRAIN)}; run build_examples again"
         )
-    calibrator = fit_platt(fitted.valid_logit, fitted.valid_label, unsampled)
+    types = np.full(fitted.valid_label.size, "")
+    if config.calibration.needs_types:
+        types = valid_types(valid_feed, workers)
+    if workers.rank:
+        calibrator = unsampled  # rank 0 saves the bundle
+    else:
+        calibrator = calibrators.fit(
+            config, dataset, fitted.valid_logit, fitted.valid_label, types, unsampled
+        )
     curves = {
         "epochs": fitted.curves(),
         "best_epoch": fitted.best.epoch,
@@ -205,6 +228,16 @@ def checkpoint_store(config: Config, dataset: feed.Dataset, num_ranks: int) -> "
     key = storage.sha256(f"{settings} {data}".encode())[:16]
     uri = storage.join(config.lake.root_uri, "work", f"checkpoints-dien-{key}")
     return Store(uri, Identity(settings, data, num_ranks))
+
+
+def valid_types(valid_feed: feed.Feed, workers: Workers) -> NDArray[Any]:
+    """Campaign types of the validation rows of all ranks, in the order of their logits; collective."""
+    from couponflow.models import tabular
+
+    codes = [tabular.campaign_codes(batch.wide.numpy()) for batch in valid_feed.epoch()]
+    gathered = workers.gather(np.concatenate([np.zeros(0), *codes]))
+    types: NDArray[Any] = np.asarray(tabular.CAMPAIGN_TYPES)[gathered.astype(int)]
+    return types
 
 
 @dataclass(frozen=True)
@@ -278,27 +311,49 @@ def embedding_penalty(
     return regularisation.MiniBatchAware(embeddings, counts, config.model.mba_weight, workers)
 
 
-def fit_logistic(config: Config, dataset: feed.Dataset) -> "Bundle":
-    """Logistic regression on the aggregates of ``train``, calibrated on ``valid``."""
+def fit_tabular(config: Config, dataset: feed.Dataset, kind: str) -> "Bundle":
+    """A model of the aggregates of ``train``, calibrated on ``valid``; boosted trees also stop by it."""
     from couponflow.models.bundle import Bundle
-    from couponflow.models.calibration import Calibrator, fit_platt
-    from couponflow.training import baselines
+    from couponflow.models.calibration import Calibrator
+    from couponflow.models.tabular import Tabular
+    from couponflow.training import baselines, boosting
 
     unsampled = Calibrator(sampling_rate=dataset.sampling_rate)
-    rows = feed.read_all(dataset, _TRAIN, feed.WIDE_COLUMNS)
-    wide = np.concatenate([batch.wide.numpy() for batch in feed.batches(rows)])
-    label = np.array([row.label for row in rows])
-    model = baselines.fit_logistic(wide, label, config.training.logistic_c)
-    bundle = Bundle(model, dataset.vocabulary_version, dataset.vocabulary_sizes, dataset.wide_features)
+    wide, label = _aggregates(feed.read_all(dataset, _TRAIN, feed.WIDE_COLUMNS))
     held = feed.read_all(dataset, _VALID, feed.WIDE_COLUMNS)
-    logit, label = score_rows(bundle, held), np.array([row.label for row in held])
-    curves = {"epochs": [], "num_ranks": 1, "valid": _valid_metrics(logit + unsampled.correction, label)}
-    return replace(bundle, calibrator=fit_platt(logit, label, unsampled), metrics=curves)
+    valid_wide, valid_label = _aggregates(held)
+    model: Tabular
+    match kind:
+        case "rate":
+            model = baselines.fit_rate(wide, label)
+        case "rule":
+            model = baselines.fit_rule(wide, label)
+        case "logistic":
+            model = baselines.fit_logistic(wide, label, config.training.logistic_c)
+        case _:
+            rows = (wide, label, valid_wide, valid_label)
+            model = boosting.fit_trees(*rows, config.boosting, config.training.seed, unsampled.correction)
+    bundle = Bundle(model, dataset.vocabulary_version, dataset.vocabulary_sizes, dataset.wide_features)
+    logit = score_rows(bundle, held)
+    types = calibrators.row_types(held)
+    valid = _valid_metrics(logit + unsampled.correction, valid_label)
+    return replace(
+        bundle,
+        calibrator=calibrators.fit(config, dataset, logit, valid_label, types, unsampled),
+        metrics={"epochs": [], "num_ranks": 1, "valid": valid},
+    )
+
+
+def _aggregates(rows: Sequence[feed.Example]) -> tuple[metrics.Floats, metrics.Floats]:
+    """Aggregates [N,F] and labels [N] of stored rows."""
+    wide = np.concatenate([batch.wide.numpy() for batch in feed.batches(rows)])
+    return wide, np.array([row.label for row in rows])
 
 
 def fit_blend(config: Config, dataset: feed.Dataset, folder: Path) -> "Bundle":
     """Blend of the newest registered DIEN and logistic models, fitted on ``valid``."""
     from couponflow.models.bundle import load_bundle
+    from couponflow.models.calibration import IDENTITY, Calibrator
     from couponflow.training import baselines
 
     root_uri = config.lake.root_uri
@@ -309,7 +364,12 @@ def fit_blend(config: Config, dataset: feed.Dataset, folder: Path) -> "Bundle":
     held = feed.read_all(dataset, _VALID)
     logits = {kind: score_rows(member, held) for kind, member in members.items()}
     label = np.array([row.label for row in held])
-    bundle = baselines.blend_bundle(members, logits, label, [row.user_id for row in held])
+    types = calibrators.row_types(held)
+
+    def calibrate(crossed: metrics.Floats, label: metrics.Floats) -> Calibrator:
+        return calibrators.fit(config, dataset, crossed, label, types, IDENTITY)
+
+    bundle = baselines.blend_bundle(members, logits, label, [row.user_id for row in held], calibrate)
     curves = {
         "epochs": [],
         "num_ranks": 1,

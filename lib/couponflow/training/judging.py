@@ -11,7 +11,7 @@ import numpy as np
 from couponflow.config import Config
 from couponflow.errors import DataError
 from couponflow.lake import storage
-from couponflow.training import backtest, evaluation, feed, fitting, registry
+from couponflow.training import backtest, calibrators, evaluation, feed, fitting, registry
 
 log = logging.getLogger("couponflow")
 
@@ -37,12 +37,14 @@ def evaluate_models(config: Config, run_id: str, dates: str) -> tuple[dict[str, 
     label = np.array([row.label for row in rows])
     users, campaigns = (np.array([getattr(row, name) for row in rows]) for name in ("user_id", "target_id"))
     labelled = evaluation.LabelledRows(label, users, campaigns)
-    scored, training = [], {}
+    types = calibrators.row_types(rows)
+    scored, training, calibration = [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, version in named.items():
             bundle = load_bundle(registry.fetch(root_uri, version, Path(folder)), dataset.vocabulary_version)
             logit = fitting.score_rows(bundle, rows)
-            scored.append(evaluation.ScoredModel(name, version, logit, bundle.probabilities(logit)))
+            scored.append(evaluation.ScoredModel(name, version, logit, bundle.probabilities(logit, types)))
+            calibration[name] = calibrators.described(bundle, logit, label, types, campaigns)
             training[name] = {
                 "epochs": bundle.metrics.get("epochs", []),
                 "num_ranks": bundle.metrics.get("num_ranks", 1),
@@ -55,6 +57,7 @@ def evaluate_models(config: Config, run_id: str, dates: str) -> tuple[dict[str, 
         "training_examples_version": dataset.table_version,
         **judged,
         "training": training,
+        "calibration": calibration,
         "backtest": backtest.run(config, dataset),
     }
     uri = storage.join(root_uri, "evaluations", f"{run_id}.json")

@@ -14,7 +14,8 @@ from couponflow.errors import ConfigError, DataError
 from couponflow.lake import storage
 
 CHAMPION = "champion"
-KINDS = ("logistic", "dien", "blend")
+#: Cheapest first: the order in which an evaluation lists them.
+KINDS = ("rate", "rule", "logistic", "boosted", "dien", "blend")
 _MANIFEST = "manifest.json"
 _VERSION = re.compile(rf"({'|'.join(KINDS)})-[0-9a-f]{{12}}", re.ASCII)
 
