@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from couponflow import checks, console, pipeline, upkeep
+from couponflow import checks, console, model_commands, pipeline, upkeep
 from couponflow.commands import DEFAULT_CONFIG, AsJson, DryRun, LazySpark, errors_as_exit_codes
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange, parse_day
@@ -23,7 +23,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(help="List, inspect, promote and roll back model bundles.", no_args_is_help=True)
+models_app = typer.Typer(
+    help="List, inspect, promote, roll back and recalibrate models.", no_args_is_help=True
+)
 campaign_app = typer.Typer(help="Approve or recall an audience, or write the report.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(campaign_app, name="campaign")
@@ -267,6 +269,9 @@ def rollback(reason: Reason, config: ConfigPath = DEFAULT_CONFIG, overrides: Ove
 
         root_uri = _load(config, overrides).lake.root_uri
         typer.echo(f"champion is now {registry.roll_back(root_uri, 'command line', reason)}")
+
+
+models_app.command("recalibrate")(model_commands.recalibrate)
 
 
 @campaign_app.command("approve")

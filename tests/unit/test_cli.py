@@ -29,6 +29,7 @@ COMMANDS = (
     "models show",
     "models promote",
     "models rollback",
+    "models recalibrate",
     "campaign approve",
     "campaign recall",
     "campaign report",
@@ -76,6 +77,8 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(config_file: Path, tmp_path:
         (["status", "--job", "trian"], "unknown job 'trian'"),
         (["run", "--set", "run.last_date=2016-01-01"], "run.last_date"),
         (["models", "promote", "best", "--reason", "x"], "expected champion"),
+        (["models", "recalibrate", "--dates", "2024-02-30"], "2024-02-30"),
+        (["models", "recalibrate"], "--dates"),
     ],
 )
 def test_wrong_arguments_end_with_2_and_say_what_to_do(

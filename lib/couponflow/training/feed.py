@@ -345,15 +345,17 @@ def read_all(dataset: Dataset, split: str, columns: Sequence[str] = ALL_COLUMNS)
     return rows
 
 
-def read_dated(dataset: Dataset) -> list[Example]:
+def read_dated(dataset: Dataset, columns: Sequence[str] = DATED_COLUMNS) -> list[Example]:
     """Every row of all splits with its times and aggregates, ordered by ``example_id``; for one process.
+
+    ``columns``: ``DATED_COLUMNS``, or more of them where a network is to score the rows.
 
     Raises:
         DataError: as ``check``, or rows that differ from the manifest or its vocabulary.
     """
     uris = sorted({uri for named in dataset.files.values() for uri in named})
-    _check_files(dataset, uris, DATED_COLUMNS)
-    rows = _read_whole(dataset, uris, DATED_COLUMNS)
+    _check_files(dataset, uris, columns)
+    rows = _read_whole(dataset, uris, columns)
     _check_count(dataset, "all splits", sum(map(dataset.rows, dataset.files)), len(rows), "one pass")
     return rows
 
