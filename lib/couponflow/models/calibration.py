@@ -2,7 +2,7 @@
 
 Order: undo sampling and class weights exactly, apply the map fitted on validation (Platt, temperature or
 isotonic), then move to the conversion rate of the campaign's type. Isotonic output has ties and a slope may
-differ per campaign type, so users are ordered by the raw logit, never by what this module returns.
+differ per campaign type: metrics of rank take the raw logit.
 """
 
 import math
