@@ -98,6 +98,53 @@ def test_golden_calibration_errors() -> None:
     assert metrics.calibration_ratio(P22, Y22) == pytest.approx(P22.sum() / 5)
 
 
+def oracle_brier_parts(probability, label, num_bins) -> list[float]:
+    """Row by row: the rows in order of p, cut into bins of equal counts."""
+    order = sorted(range(len(label)), key=lambda row: probability[row])
+    size, rate, parts = len(order), sum(label) / len(label), [0.0] * 5
+    parts[2] = rate * (1 - rate)
+    for rows in np.array_split(order, num_bins):
+        if not len(rows):
+            continue
+        p = sum(probability[row] for row in rows) / len(rows)
+        y = sum(label[row] for row in rows) / len(rows)
+        for row in rows:
+            parts[0] += (p - y) ** 2 / size
+            parts[1] += (y - rate) ** 2 / size
+            parts[3] += (probability[row] - p) ** 2 / size
+            parts[4] += 2 * (probability[row] - p) * (label[row] - y) / size
+    return parts
+
+
+@pytest.mark.parametrize("num_bins", [1, 2, 3, 15, 400])
+@pytest.mark.parametrize("size", [1, 2, 300])
+def test_brier_parts_add_up_exactly(size: int, num_bins: int) -> None:
+    generator = np.random.default_rng(size * 1000 + num_bins)
+    probability = np.round(generator.random(size) ** 3, 2)  # with ties
+    label = (generator.random(size) < probability).astype(int)
+    parts = metrics.brier_parts(probability, label, num_bins)
+    reliability, resolution, uncertainty, variance, covariance = parts.values()
+    total = reliability - resolution + uncertainty + variance - covariance
+    assert total == pytest.approx(metrics.brier(probability, label), abs=1e-13)
+    assert list(parts.values()) == pytest.approx(oracle_brier_parts(probability, label, num_bins), abs=1e-13)
+
+
+def test_golden_brier_parts() -> None:
+    """G22 rows in two bins of four: mean p .175 and .75, rates .25 and 1, base rate .625."""
+    parts = metrics.brier_parts(P22, Y22, 2)
+    assert parts["reliability"] == pytest.approx((0.075**2 + 0.25**2) / 2)
+    assert parts["resolution"] == pytest.approx(0.375**2)
+    assert parts["uncertainty"] == pytest.approx(0.625 * 0.375)
+    assert sum(parts.values()) - 2 * parts["resolution"] - 2 * parts["within_bin_covariance"] == (
+        pytest.approx(0.1525)
+    )
+    one_value_each = metrics.brier_parts([0.2] * 5 + [0.8] * 5, [0, 0, 0, 0, 1, 1, 1, 1, 1, 0], 2)
+    assert one_value_each["within_bin_variance"] == pytest.approx(0.0, abs=1e-30)  # Murphy's three suffice
+    assert one_value_each["within_bin_covariance"] == pytest.approx(0.0, abs=1e-15)
+    assert one_value_each["reliability"] == pytest.approx(0.0, abs=1e-30)
+    assert np.isnan(metrics.brier_parts([], [])["reliability"])
+
+
 def test_golden_log_loss_and_entropy() -> None:
     assert metrics.log_loss(LOGIT22, Y22) == pytest.approx(0.473018, abs=1e-6)
     assert metrics.normalised_entropy(LOGIT22, Y22) == pytest.approx(0.715001, abs=1e-6)

@@ -189,6 +189,30 @@ def brier(probability: ArrayLike, label: ArrayLike) -> float:
     return float(np.mean(gaps**2)) if gaps.size else float("nan")
 
 
+def brier_parts(probability: ArrayLike, label: ArrayLike, num_bins: int = 15) -> dict[str, float]:
+    """Where the Brier score comes from, over equal-mass bins; the parts add up to it exactly.
+
+    brier = reliability - resolution + uncertainty + within_bin_variance - within_bin_covariance.
+    ``reliability`` (lower is better): squared gap of mean p and mean y of a bin; ``resolution`` (higher is
+    better): how far the bins' rates lie from the base rate; ``uncertainty``: base rate times its complement.
+    The within-bin parts are what Murphy's three (1973) leave out when a bin holds several probabilities.
+    Source: Stephenson, Coelho, Jolliffe 2008, "Two extra components in the Brier score decomposition".
+    """
+    values, labels = np.asarray(probability, np.float64), np.asarray(label, np.float64)
+    names = ("reliability", "resolution", "uncertainty", "within_bin_variance", "within_bin_covariance")
+    if not values.size:
+        return dict.fromkeys(names, float("nan"))
+    rate = labels.mean()
+    parts = np.array([0.0, 0.0, rate * (1.0 - rate), 0.0, 0.0])
+    for rows in _bins(values, num_bins):
+        p, y = values[rows], labels[rows]
+        gap, spread = p.mean() - y.mean(), p - p.mean()
+        covariance = 2.0 * (spread * (y - y.mean())).mean()
+        found = np.array([gap**2, (y.mean() - rate) ** 2, 0.0, (spread**2).mean(), covariance])
+        parts += found * rows.size / values.size
+    return dict(zip(names, parts.tolist(), strict=True))
+
+
 def calibration_ratio(probability: ArrayLike, label: ArrayLike) -> float:
     """Expected over observed conversions; 1 is right on average."""
     observed = float(np.sum(np.asarray(label, np.float64)))
