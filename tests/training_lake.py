@@ -1,5 +1,6 @@
 """A small lake of training examples with planted signal, for tests that train on real ranks."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ def make_row(number: int, split: str) -> dict[str, object]:
         "target_id": f"c{number % 2}",
         "split": split,
         "vocabulary_version": "voc-1",
+        "as_of": datetime(2024, 1, 10 + number % 3, 5, tzinfo=UTC),
         "label": int(generator.random() < 1 / (1 + np.exp(-logit))),
         "history": history.astype("<i4").tobytes(),
         "negatives": generator.integers(1, 12, (length, 2)).astype("<i4").tobytes(),

@@ -207,7 +207,7 @@ app.command()(checks.check)
 def list_models(
     config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None, as_json: AsJson = False
 ) -> None:
-    """List registered bundles, the champion marked.
+    """List registered bundles, champion and challenger marked.
 
     Example: couponflow models list
     """
@@ -215,38 +215,40 @@ def list_models(
         from couponflow.training import registry
 
         root_uri = _load(config, overrides).lake.root_uri
-        pointer = registry.pointed(root_uri, registry.CHAMPION)
-        champion = pointer["model_version"] if pointer else ""
-        found = [{"version": v, "is_champion": v == champion} for v in registry.versions(root_uri)]
+        roles = registry.roles(root_uri)
+        found = [{"version": v, "role": roles.get(v, "")} for v in registry.versions(root_uri)]
         if as_json:
             console.show_json(found)
             return
-        rows = [[b["version"], "champion" if b["is_champion"] else ""] for b in found]
-        console.show_rows("Models", ["version", ""], rows)
+        console.show_rows("Models", ["version", "role"], [list(model.values()) for model in found])
 
 
 @models_app.command("show")
 def show_model(name: str, config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None) -> None:
-    """Print a bundle's manifest and metrics. NAME is a version, a kind or 'champion'.
+    """Print a bundle's manifest and metrics, and the gate's last decision about it.
+
+    NAME is a version, a kind, 'champion' or 'challenger'.
 
     Example: couponflow models show champion
     """
     with errors_as_exit_codes():
-        from couponflow.training import registry
+        from couponflow.training import decisions, registry
 
         root_uri = _load(config, overrides).lake.root_uri
-        folder = storage.join(root_uri, "models", registry.resolve(root_uri, name))
+        version = registry.resolve(root_uri, name)
+        folder = storage.join(root_uri, "models", version)
         files = {
             name: storage.read_bytes(storage.join(folder, name)) for name in ("manifest.json", "metrics.json")
         }
-        console.show_json({name: json.loads(content) for name, content in files.items()})
+        shown = {name: json.loads(content) for name, content in files.items()}
+        console.show_json({**shown, "last_decision": decisions.last(root_uri, version)})
 
 
 @models_app.command("promote")
 def promote(
     name: str, reason: Reason, config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None
 ) -> None:
-    """Make a bundle the champion: model, calibrator and vocabulary move together.
+    """Make a bundle the champion: model, calibrator and vocabulary move together, or are refused together.
 
     Example: couponflow models promote blend --reason "gate of 2017-12-31"
     """
@@ -254,7 +256,7 @@ def promote(
         from couponflow.training import registry
 
         root_uri = _load(config, overrides).lake.root_uri
-        version = registry.set_champion(root_uri, name, "command line", reason)
+        version = registry.promote(root_uri, name, "command line", reason)
         typer.echo(f"champion is now {version}")
 
 

@@ -43,7 +43,7 @@ WITHOUT_SPARK = ("train", "evaluate")
 _OF_A_CAMPAIGN = ("score", "select_audience", "export_audience")
 _COMMIT_HEAD_BYTES = 1_024  # a commit's first words say which operation it was
 #: Facts of a record that name an object the stage has published; a stage whose object is gone runs again.
-_PUBLISHED = ("manifest", "evaluation", "dataset")
+_PUBLISHED = ("manifest", "evaluation", "decision", "dataset")
 
 
 @dataclass(frozen=True)

@@ -404,6 +404,12 @@ class EvaluationConfig(Section):
 
     num_draws: int = Field(default=1000, ge=10, description="Cluster bootstrap draws.")
     num_bins: int = Field(default=15, ge=2, description="Equal-mass bins of the calibration error.")
+    num_cutoffs: int = Field(
+        default=2,
+        ge=2,
+        le=20,
+        description="Successive parts of the test rows; a challenger has to win each. More refuse more.",
+    )
     seed: int = Field(default=0, ge=0, description="Bootstrap seed.")
 
 
@@ -412,7 +418,8 @@ class ScoringConfig(Section):
 
     model: str = Field(
         default="champion",
-        description="'champion', a kind (such as dien or logistic: its newest bundle), or a model version.",
+        description="'champion', 'challenger', a kind (such as dien or logistic: its newest bundle), or a "
+        "model version.",
     )
     arrow_batch_rows: int = Field(default=10_000, ge=1, description="Users per Arrow batch.")
     chunk_rows: int = Field(default=512, ge=1, description="Users scored at once, sorted by history length.")

@@ -170,6 +170,12 @@ def test_train_and_evaluate_jobs(lake: tuple[str, str], tmp_path: Path) -> None:
     assert max(auc["rate"], auc["rule"]) < 0.7  # the label depends on neither
     assert record["gate"]["champion"] == "logistic"
     assert {found["challenger"] for found in record["comparisons"]} == set(registry.KINDS) - {"logistic"}
+    assert sum(part["num_rows"] for part in record["gate"]["cutoffs"]) == 180
+    assert set(record["models"]["dien"]["segments"]) == {"user", "campaign_type", "category", "activity"}
+    decision = json.loads(Path(root, "decisions", f"{evaluated.run_id}.json").read_text())
+    assert decision["reasons"] == record["gate"]["reasons"]
+    assert decision["data"]["training_examples_version"] == 0
+    assert registry.resolve(root, "challenger") == decision["challenger"]["model_version"]
     assert record["training"]["dien"]["num_ranks"] == 2
     check_segments(root, registry.resolve(root, "dien"))
     for kind in registry.KINDS:

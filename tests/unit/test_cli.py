@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders import test_config
@@ -12,7 +13,8 @@ from couponflow.cli import app
 from couponflow.dates import DateRange
 from couponflow.entry import record_run
 from couponflow.errors import DataError
-from couponflow.lake import runs
+from couponflow.lake import runs, storage
+from couponflow.training import registry
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 COMMANDS = (
@@ -109,6 +111,31 @@ def test_status_shows_who_holds_what(config_file: Path, tmp_path: Path) -> None:
         assert run.run_id[:20] in shown
         assert "working" in shown
     assert "Leases" not in CliRunner().invoke(app, argv).stdout
+
+
+def test_models_shows_roles_and_the_last_decision(config_file: Path, tmp_path: Path) -> None:
+    root_uri = test_config(tmp_path).lake.root_uri
+    for version in ("logistic-000000000001", "dien-000000000002", "dien-000000000003"):
+        for name in ("metrics.json", "manifest.json"):
+            storage.create(storage.join(root_uri, "models", version, name), b"{}", "r")
+    registry.set_champion(root_uri, "logistic-000000000001", "r", "first")
+    registry.set_challenger(root_uri, "dien-000000000002", "r", "keep_champion")
+    sides = {"champion": {"model_version": "logistic-000000000001"}, "challenger": None}
+    decision = json.dumps({"decision": "keep_champion", **sides}).encode()
+    storage.create(storage.join(root_uri, "decisions", "evaluate-1.json"), decision, "r")
+
+    def shown(*argv: str) -> Any:
+        done = CliRunner().invoke(app, ["models", *argv, "--config", str(config_file)])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    assert shown("list", "--json") == [
+        {"version": "dien-000000000002", "role": "challenger"},
+        {"version": "dien-000000000003", "role": ""},
+        {"version": "logistic-000000000001", "role": "champion"},
+    ]
+    assert shown("show", "champion")["last_decision"]["decision"] == "keep_champion"
+    assert shown("show", "challenger")["last_decision"] is None
 
 
 def test_land_twice_lands_once(config_file: Path, tmp_path: Path) -> None:

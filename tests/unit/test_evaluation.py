@@ -1,4 +1,4 @@
-"""The paired cluster bootstrap and the gate."""
+"""The paired cluster bootstrap."""
 
 import json
 import time
@@ -18,6 +18,7 @@ def make_rows(size: int = 400, seed: int = 0) -> LabelledRows:
         (generator.random(size) < 0.2).astype(float),
         np.array([f"u{n}" for n in generator.integers(0, size // 2, size)]),
         np.array([f"c{n}" for n in generator.integers(0, 3, size)]),
+        np.array([f"2024-01-0{n}" for n in generator.integers(1, 6, size)]),
     )
 
 
@@ -60,72 +61,27 @@ def test_block_size_does_not_change_the_draws(monkeypatch: pytest.MonkeyPatch) -
     assert np.array_equal(np.concatenate(list(evaluation.draw_weights(rows.user_id, 11, seed=4))), whole)
 
 
-def test_a_model_compared_with_itself_is_never_promoted() -> None:
+def test_a_model_compared_with_itself_differs_by_nothing() -> None:
     rows = make_rows()
     one = make_model(rows, "logistic", 0.6)
     twin = ScoredModel("twin", one.model_version, one.logit, one.probability)
-    record = evaluation.evaluate(rows, [one, twin], "logistic", EvaluationConfig(num_draws=50))
-    found = record["comparisons"][0]
-    assert (found["difference"], found["interval"], found["standard_error"]) == (0.0, [0.0, 0.0], 0.0)
-    assert not found["is_testable"]
-    assert record["gate"]["decision"] == "keep_champion"
-    assert "score every row alike" in record["gate"]["reasons"][0]
+    judged = evaluation.evaluate(rows, [one, twin], "logistic", EvaluationConfig(num_draws=50))
+    (found,) = judged.comparisons
+    assert (found.difference, found.interval, found.standard_error) == (0.0, (0.0, 0.0), 0.0)
+    assert not found.is_testable
 
 
-def test_gate_refuses_worse_and_promotes_clearly_better() -> None:
-    rows = make_rows(1200)
-    strong, weak = make_model(rows, "strong", 1.0), make_model(rows, "weak", 0.2, seed=8)
-
-    def calibrated(model: ScoredModel) -> ScoredModel:
-        shift = model.logit * 0.5 if model is weak else model.logit * 2.0 + 1.4
-        probability = 1 / (1 + np.exp(-shift))
-        probability *= rows.label.mean() / probability.mean()
-        return ScoredModel(model.name, model.model_version, model.logit, probability)
-
-    pair = [calibrated(strong), calibrated(weak)]
-    config = EvaluationConfig(num_draws=100)
-    worse = evaluation.evaluate(rows, pair, "strong", config)["gate"]
-    assert (worse["challenger"], worse["decision"]) == ("weak", "keep_champion")
-    better = evaluation.evaluate(rows, pair, "weak", config)["gate"]
-    assert (better["challenger"], better["decision"]) == ("strong", "promote"), better["reasons"]
-
-
-@pytest.mark.parametrize(
-    ("interval", "ratio", "ece", "identical", "decision"),
-    [
-        ((0.01, 0.05), 1.0, 0.02, False, "promote"),
-        ((0.0, 0.05), 1.0, 0.02, False, "keep_champion"),
-        ((-0.01, 0.05), 1.0, 0.02, False, "keep_champion"),
-        ((0.01, 0.05), 1.11, 0.02, False, "keep_champion"),
-        ((0.01, 0.05), 0.89, 0.02, False, "keep_champion"),
-        ((0.01, 0.05), 1.0, 0.021, False, "keep_champion"),
-        ((0.01, 0.05), 1.0, 0.02, True, "keep_champion"),
-        ((float("nan"), float("nan")), 1.0, 0.02, False, "keep_champion"),
-    ],
-)
-def test_each_condition_of_the_gate_decides_alone(
-    interval: tuple[float, float], ratio: float, ece: float, identical: bool, decision: str
-) -> None:
-    found = Comparison("b", "a", 0.03, interval, 0.01)
-    verdict = evaluation.judge([found], {"calibration_ratio": ratio, "ece": ece}, {"ece": 0.02}, identical)
-    assert verdict["decision"] == decision
-    assert len([r for r in verdict["reasons"] if r.startswith("fails")]) == (decision == "keep_champion")
-
-
-@pytest.mark.parametrize("error", [0.02, 0.0], ids=["too few users", "one user"])
-def test_a_difference_that_is_not_testable_promotes_nobody(error: float) -> None:
-    numbers = {"calibration_ratio": 1.0, "ece": 0.01}
-    verdict = evaluation.judge([Comparison("b", "a", 0.05, (0.01, 0.09), error)], numbers, numbers)
-    assert verdict["decision"] == "keep_champion"
-    assert [r for r in verdict["reasons"] if "is no claim" in r] == verdict["reasons"][:1]
-
-
-def test_every_cut_off_must_hold() -> None:
-    good, bad = Comparison("b", "a", 0.03, (0.01, 0.05), 0.01), Comparison("b", "a", 0.0, (-0.01, 0.01), 0.01)
-    numbers = {"calibration_ratio": 1.0, "ece": 0.01}
-    assert evaluation.judge([good, good], numbers, numbers)["decision"] == "promote"
-    assert evaluation.judge([good, bad], numbers, numbers)["decision"] == "keep_champion"
-    assert evaluation.judge([], numbers, numbers)["decision"] == "keep_champion"
+def test_part_of_the_rows_is_compared_as_if_it_were_all() -> None:
+    rows, config = make_rows(300), EvaluationConfig(num_draws=40)
+    models = [make_model(rows, "a", 0.5), make_model(rows, "b", 0.8, seed=5)]
+    places = np.flatnonzero(rows.day >= "2024-01-03")
+    part = LabelledRows(*(v[places] for v in (rows.label, rows.user_id, rows.campaign_id, rows.day)))
+    cut = [ScoredModel(m.name, m.name, m.logit[places], m.probability[places]) for m in models]
+    (whole,) = evaluation.evaluate(part, cut, "a", config).comparisons
+    assert evaluation.compare_on(rows, models[1], models[0], places, config) == whole
+    positive = np.flatnonzero(rows.label == 1)
+    with pytest.raises(DataError, match="both classes are needed"):
+        evaluation.compare_on(rows, models[1], models[0], positive, config)
 
 
 def test_minimum_detectable_difference() -> None:
@@ -138,7 +94,9 @@ def test_minimum_detectable_difference() -> None:
 def test_record_is_plain_json_and_covers_all_rows() -> None:
     rows = make_rows(300)
     models = [make_model(rows, "logistic", 0.6), make_model(rows, "dien", 0.7, seed=3)]
-    record = evaluation.evaluate(rows, models, "logistic", EvaluationConfig(num_draws=30))
+    config = EvaluationConfig(num_draws=30)
+    judged = evaluation.evaluate(rows, models, "logistic", config)
+    record = evaluation.without_nan(evaluation.describe(rows, models, judged, config))
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     dien = record["models"]["dien"]
     assert record["num_rows"] == sum(c["rows"] for c in dien["by_campaign"].values()) == 300
@@ -150,7 +108,7 @@ def test_record_is_plain_json_and_covers_all_rows() -> None:
 
 def test_one_class_is_refused() -> None:
     with pytest.raises(DataError, match="both classes are needed"):
-        LabelledRows(np.zeros(3), np.array(["a"] * 3), np.array(["c"] * 3))
+        LabelledRows(np.zeros(3), *(np.array(["a"] * 3) for _ in range(3)))
 
 
 def test_a_thousand_draws_take_seconds() -> None:

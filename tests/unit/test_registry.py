@@ -1,13 +1,27 @@
-"""The registry: immutable versions, pointers, roll-back. A bundle is a folder with a manifest here."""
+"""The registry: immutable versions, pointers, roll-back, and what may not become champion.
 
+A bundle is a folder with a manifest here, but where the check of bundles itself is tested.
+"""
+
+import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from couponflow.config import Config
 from couponflow.errors import ConfigError, ConflictError, DataError
-from couponflow.lake import storage
-from couponflow.training import registry
+from couponflow.lake import layouts, storage
+from couponflow.models.bundle import Bundle, Logistic, load_bundle, save_bundle
+from couponflow.models.calibration import Calibrator
+from couponflow.training import feed, registry
+
+NUM_WIDE = len(layouts.WIDE_FEATURES)
+SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
 
 
 def make_bundle(folder: Path, kind: str = "logistic", number: int = 0, text: str = "{}") -> Path:
@@ -20,8 +34,124 @@ def make_bundle(folder: Path, kind: str = "logistic", number: int = 0, text: str
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> str:
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(registry, "check_bundle", lambda root_uri, version: None)
     return str(tmp_path / "lake")
+
+
+def register_real(root_uri: str, folder: Path, intercept: float, vocabulary: str = "v1") -> str:
+    """A logistic bundle of its own calibrator, registered."""
+    model = Logistic(np.zeros(NUM_WIDE), intercept, np.zeros(NUM_WIDE), np.ones(NUM_WIDE))
+    calibrator = Calibrator("platt", 1.0, intercept / 2)
+    save_bundle(Bundle(model, vocabulary, SIZES, calibrator=calibrator), folder)
+    return registry.register(root_uri, folder, "run")
+
+
+def write_examples(root_uri: str, vocabulary: str) -> None:
+    files = {"train": {"file:///nowhere": 0}}
+    dataset = feed.Dataset(1, vocabulary, SIZES, layouts.WIDE_FEATURES, files, {"file:///nowhere": ()})
+    uri = Path(feed.write_manifest(root_uri, dataset, "r"))
+    uri.unlink()  # so that the next one may have the same table version
+
+
+def test_promotion_and_roll_back_move_model_calibrator_and_vocabulary_together(
+    root_uri: str, tmp_path: Path
+) -> None:
+    old, new = (
+        register_real(root_uri, tmp_path / name, intercept, vocabulary)
+        for name, intercept, vocabulary in (("old", 1.0, "v1"), ("new", 2.0, "v2"))
+    )
+
+    def champion() -> tuple[float, float, str]:
+        bundle = load_bundle(registry.fetch(root_uri, "champion", tmp_path), None)
+        assert isinstance(bundle.model, Logistic)
+        return bundle.model.intercept, bundle.calibrator.intercept, bundle.vocabulary_version
+
+    write_examples(root_uri, "v1")
+    registry.promote(root_uri, old, "r1", "first")
+    assert champion() == (1.0, 0.5, "v1")
+    write_examples(root_uri, "v2")
+    registry.promote(root_uri, new, "r2", "better")
+    assert champion() == (2.0, 1.0, "v2")
+    with pytest.raises(ConfigError, match="expects vocabulary v1, table has v2; rebuild examples with v1"):
+        registry.roll_back(root_uri, "r3", "worse")
+    assert champion() == (2.0, 1.0, "v2")
+    write_examples(root_uri, "v1")
+    assert registry.roll_back(root_uri, "r4", "worse") == old
+    assert champion() == (1.0, 0.5, "v1")
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def swap_calibrator(folder: Path) -> None:
+    """Another calibrator, with its right hash in the manifest: contents and version disagree."""
+    content = json.dumps(replace(Calibrator(), intercept=3.0).to_dict()).encode()
+    (folder / "calibrator.json").write_bytes(content)
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    edit_manifest(folder, files=files | {"calibrator.json": hashlib.sha256(content).hexdigest()})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "calibrator.json").write_text("{}"), "differs from its SHA-256"),
+        (lambda folder: (folder / "logistic.json").unlink(), "is missing"),
+        (swap_calibrator, "contents are logistic-"),
+        (lambda folder: edit_manifest(folder, schema_version=99), "schema version 99"),
+        (lambda folder: edit_manifest(folder, wide_features=["a"]), "trained on other aggregates"),
+        (
+            lambda folder: edit_manifest(folder, vocabulary_version="v7"),
+            "expects vocabulary v7, table has v1",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_with_never_becomes_champion(
+    root_uri: str, tmp_path: Path, damage: Callable[[Path], object], message: str
+) -> None:
+    good, bad = (register_real(root_uri, tmp_path / str(n), float(n)) for n in (1, 2))
+    write_examples(root_uri, "v1")
+    registry.promote(root_uri, bad, "r0", "was good then")
+    registry.promote(root_uri, good, "r1", "first")
+    before = registry.pointed(root_uri, "champion")
+    damage(Path(root_uri, "models", bad))
+    with pytest.raises(ConfigError, match=message):
+        registry.promote(root_uri, bad, "r2", "better")
+    with pytest.raises(ConfigError, match=message):
+        registry.roll_back(root_uri, "r3", "worse")
+    assert registry.pointed(root_uri, "champion") == before
+
+
+def test_a_lake_without_examples_has_no_vocabulary_to_compare(root_uri: str, tmp_path: Path) -> None:
+    version = register_real(root_uri, tmp_path / "one", 1.0, "v9")
+    assert registry.promote(root_uri, version, "r", "first") == version
+
+
+def test_the_challenger_stands_beside_the_champion(root: str, tmp_path: Path, config: Config) -> None:
+    a, b, c = (
+        registry.register(root, make_bundle(tmp_path / str(n), kind, n), f"run-{n}")
+        for n, kind in ((1, "logistic"), (2, "dien"), (3, "dien"))
+    )
+    registry.set_champion(root, a, "r", "first")
+    with pytest.raises(DataError, match="has no challenger model; run the evaluate job first"):
+        registry.resolve(root, "challenger")
+    assert registry.roles(root) == {a: "champion"}
+    registry.set_challenger(root, b, "e1", "keep_champion")
+    registry.set_challenger(root, c, "e2", "promote")
+    assert registry.resolve(root, "challenger") == c
+    assert registry.pointed(root, "challenger") == {
+        "model_version": c,
+        "kind": "dien",
+        "run_id": "e2",
+        "reason": "promote",
+        "previous": [b],
+    }
+    assert registry.roles(root) == {a: "champion", c: "challenger"}
+    registry.promote(root, "challenger", "r2", "the gate says so")
+    assert registry.roles(root) == {c: "champion"}
+    assert registry.versions(root) == sorted([a, b, c])  # pointers are no versions
 
 
 def test_register_publishes_all_files_and_is_repeatable(root: str, tmp_path: Path) -> None:

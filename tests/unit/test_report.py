@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from couponflow.campaign import charts, formats, report
+from couponflow.campaign import charts, formats, modelcard, report
 from couponflow.campaign.report import ReportInputs
 from couponflow.errors import ConflictError
-from couponflow.training import evaluation
+from couponflow.training import decisions, evaluation
 
 MINUS = charts.MINUS
 DIEN, LOGISTIC, BLEND = "dien-3f9ab2c1d4e5", "logistic-81c0ffee90ab", "blend-0d1e2f3a4b5c"
@@ -127,6 +127,10 @@ def make_model(version: str, auc: float, ece: float, sharpness: float) -> dict[s
             "auc": auc, "gauc": auc - 0.005, "pr_auc": auc - 0.27, "log_loss": 0.3232,
             "normalised_entropy": 0.731,
             "ece": ece, "ece_uncalibrated": ece + 0.018, "brier": 0.0961, "calibration_ratio": 1.04,
+            "brier_parts": {
+                "reliability": 0.0041, "resolution": 0.0432, "uncertainty": 0.1350,
+                "within_bin_variance": 0.0012, "within_bin_covariance": 0.0010,
+            },
             "lift": {"0.01": 5.31, "0.05": 4.77, "0.1": 4.14, "0.2": 2.93},
             "captured": {"0.01": 0.053, "0.05": 0.238, "0.1": 0.414, "0.2": 0.586},
         },
@@ -145,7 +149,29 @@ def make_model(version: str, auc: float, ece: float, sharpness: float) -> dict[s
             "18": {"rows": 1133, "positives": 214, "auc": 0.851},
             "19": {"rows": 130, "positives": 25, "auc": None},
         },
+        "segments": {
+            "user": {
+                "new": make_segment(61, 0, None, None, "one class only"),
+                "returning": make_segment(1592, 266, auc, 1.02),
+            },
+            "category": {
+                "category 7": make_segment(12, 1, None, None, "too few rows (fewer than 50)"),
+                "category 9": make_segment(13, 4, None, None, "too few rows (fewer than 50)"),
+                "several categories": make_segment(1628, 261, auc, 0.87),
+            },
+        },
     }  # fmt: skip
+
+
+def make_segment(rows: int, positives: int, auc: float | None, ratio: float | None, note: str = "") -> Any:
+    return {
+        "rows": rows,
+        "positives": positives,
+        "auc": auc,
+        "calibration_ratio": ratio,
+        "ece": 0.021,
+        "note": note,
+    }
 
 
 def make_evaluation(**changes: Any) -> dict[str, Any]:
@@ -177,11 +203,31 @@ def make_evaluation(**changes: Any) -> dict[str, Any]:
             "challenger": "dien",
             "decision": "keep_champion",
             "reasons": [
-                "fails: cut-off 1 of 1: auc difference -0.0050 [-0.0170, +0.0080], minimum detectable 0.0180",
-                "fails: calibration error 0.0470, champion 0.0310",
+                "fails: cut-off 1 of 2 (2017-10-04 to 2017-10-18, 390 rows, 27 positive): "
+                "auc difference -0.0100 [-0.0500, +0.0310], minimum detectable 0.0580",
+                "fails: all test rows: auc difference -0.0050 [-0.0170, +0.0080], minimum detectable 0.0180",
+                "fails: calibration error 0.0470, champion 0.0310, standard error 0.0080",
                 "holds: expected over observed conversions 1.040, allowed 0.9 to 1.1",
             ],
+            "cutoffs": [
+                {
+                    "first_day": "2017-10-04",
+                    "last_day": "2017-10-18",
+                    "num_rows": 390,
+                    "num_positives": 27,
+                    "comparison": make_comparison("dien", -0.01, [-0.05, 0.031], False)
+                    | {"minimum_detectable": 0.058},
+                },
+                {
+                    "first_day": "2017-10-30",
+                    "last_day": "2017-11-15",
+                    "num_rows": 1263,
+                    "num_positives": 0,
+                    "comparison": None,
+                },
+            ],
         },
+        "segments_left_out": {"device": "not stored in the examples"},
         "training": {
             "dien": {
                 "epochs": [
@@ -372,9 +418,15 @@ def test_model_section_shows_metrics_gate_and_what_cannot_be_seen() -> None:
     assert "smallest true difference in AUC that would be found in four of five cases is about 0.018" in text
     assert "This list was scored with DIEN , because the configuration names it." in text
     assert "No difference is shown: the interval includes zero. A true difference below about 0.018" in text
-    assert f"✗ Fails: AUC differs from the champion's by {MINUS}0.005, with chance between" in text
-    assert f"between {MINUS}0.017 and +0.008; both ends have to be above 0" in text
-    assert "✗ Fails: its calibration error is 0.0470, and the champion's 0.0310 must not be exceeded" in text
+    assert f"✗ Fails: AUC differs from the champion's by {MINUS}0.005 on all test sends together" in text
+    assert f"with chance between {MINUS}0.017 and +0.008, where both ends have to be above 0" in text
+    assert "on test period 1 of 2 (2017-10-04 to 2017-10-18, 390 sends, 27 conversions)" in text
+    assert "the smallest difference that would be found there is about 0.058" in text
+    assert f"2017-10-04 to 2017-10-18 390 27 {MINUS}0.010 [{MINUS}0.050, +0.031] 0.058" in text
+    assert f"2017-10-30 to 2017-11-15 1,263 0 {formats.DASH} {formats.DASH}" in text
+    assert "0.0961 0.0041 0.0432 0.1350 +0.0002" in text  # Brier and its parts
+    assert "✗ Fails: its calibration error is 0.0470; the champion's 0.0310 must not be exceeded by" in text
+    assert "by more than chance easily does, 0.0080" in text
     assert "✓ Holds: it predicted 1.04 times the conversions that came; 0.9 to 1.1 is allowed" in text
     assert "Its best 10% of the sends hold 41% of the conversions, 4.1 times as many" in text
 
@@ -421,12 +473,49 @@ def test_the_gate_s_words_are_those_that_the_gate_writes() -> None:
     """The reasons of the real gate are all understood; another text stays as it is."""
     found = evaluation.Comparison("dien", "logistic", -0.005, (-0.017, 0.008), 0.0064, 0)
     points = {"calibration_ratio": 1.2, "ece": 0.047}
-    reasons = evaluation.judge([found, found], points, {"ece": 0.031})["reasons"]
-    words = [report._reason(reason)[1] for reason in reasons]
-    assert len(words) == 4
+    cutoffs = [decisions.CutOff("2017-10-04", "2017-10-18", 390, 27, one) for one in (found, None)]
+    reasons = decisions.judge(found, cutoffs, points, {"ece": 0.031}, 0.008)["reasons"]
+    words = [modelcard.reason(reason)[1] for reason in reasons]
+    assert len(words) == 5
     assert not {reason.partition(": ")[2] for reason in reasons} & set(words)
-    assert words[1].endswith("have to be above 0 (test period 2 of 2)")
-    assert report._reason("fails: it rains") == ("✗", "it rains")
+    assert "on test period 1 of 2 (2017-10-04 to 2017-10-18, 390 sends, 27 conversions)" in words[0]
+    assert words[1] == "test period 2 of 2 (2017-10-04 to 2017-10-18) shows nothing: all or none converted"
+    assert words[0].endswith("difference that would be found there is about 0.018")
+    assert modelcard.reason("fails: it rains") == ("✗", "it rains")
+
+
+def test_segments_say_what_they_cannot_show() -> None:
+    text = _Page(report.render(make_inputs())).text
+    dash = formats.DASH
+    assert f"new 61 0 {dash} {dash} 0.021 one class only returning 1,592 266 0.839 1.02 0.021" in text
+    assert "several categories 1,628 261 0.839 0.87 0.021" in text
+    assert f"2 more 25 5 {dash} {dash} {dash} too few rows (fewer than 50) in each" in text
+    assert "Device is left out: not stored in the examples." in text
+    evaluation = make_evaluation()
+    del evaluation["models"]["dien"]["segments"]
+    assert "Segment by segment" not in _Page(report.render(make_inputs(evaluation=evaluation))).text
+
+
+def test_learning_curves_are_drawn_by_rank_where_the_record_has_them() -> None:
+    html = report.render(make_inputs())
+    text = _Page(html).text
+    assert "Learning curves of DIEN" in text
+    assert "Training loss over all processes, and validation loss." in text
+    assert "Training, all ranks" in text
+    evaluation = make_evaluation()
+    for epoch in evaluation["training"]["dien"]["epochs"]:
+        epoch["train_loss_by_rank"] = [0.4 / epoch["epoch"], 0.41 / epoch["epoch"]]
+    text = _Page(report.render(make_inputs(evaluation=evaluation))).text
+    assert "Training loss of each of the 2 processes" in text
+    assert (
+        "Training, rank 0: lowest 0.0444; Training, rank 1: lowest 0.0456; Validation: lowest 0.3365" in text
+    )
+    assert "Training, all ranks" not in text
+    used = {"kind": "logistic"}  # learned in one step: the first model with epochs stands in
+    assert modelcard.learning(evaluation, used)["label"] == "DIEN"
+    assert modelcard.learning({}, None)["series"] == []
+    del evaluation["training"]["dien"]["epochs"][0]["train_loss_by_rank"]  # one epoch of older code
+    assert modelcard.learning(evaluation, used)["num_ranks"] == 0
 
 
 @pytest.mark.parametrize(

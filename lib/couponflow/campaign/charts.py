@@ -1,7 +1,7 @@
 """Charts of the campaign report as inline SVG text: vector, no script, no external file.
 
 Every function returns one ``<svg>`` with a title and a description for screen readers. Colours are CSS
-classes (``c1`` .. ``c5``, ``grid``, ``axis``), so the page decides on light, dark and print. Coordinates have
+classes (``c1`` .. ``c4``, ``grid``, ``axis``), so the page decides on light, dark and print. Coordinates have
 one decimal: equal inputs give equal bytes.
 """
 
@@ -205,9 +205,13 @@ def draw_all(
     used: Mapping[str, Any] | None,
     comparisons: Sequence[Mapping[str, Any]],
     bars: Sequence[tuple[float, float, int, int]],
-    learned: Sequence[tuple[str, str, str, Sequence[Mapping[str, Any]]]],
+    losses: Sequence[Series] = (),
+    learning: Sequence[Series] = (),
 ) -> dict[str, str]:
-    """All charts of the report whose data is there, by name; the rows are those of ``report``."""
+    """All charts of the report whose data is there, by name; the rows are those of ``modelcard``.
+
+    ``losses``: validation loss per epoch of each model; ``learning``: training and validation of one.
+    """
     made: dict[str, str] = {}
     whiskers = [
         Whisker(m["label"], m["metrics"]["auc"], lower, upper, m["colour"], m["is_used"])
@@ -249,19 +253,22 @@ def draw_all(
         text = f"{sum(counts):,} users, {sum(chosen):,} of them selected."
         edges = [*lefts, rights[-1]]
         made["histogram"] = histogram("histogram", "Users by probability", text, edges, counts, chosen)
-    losses = []
-    for name, colour, dash, epochs in learned:
-        points = [(e["epoch"], e["valid_log_loss"]) for e in epochs if is_number(e.get("valid_log_loss"))]
-        losses += [Series(name, points, colour, dash)] if len(points) > 1 else []
-    if losses:
-        text = "; ".join(f"{s.name}: lowest {min(p[1] for p in s.points):.4f}" for s in losses)
-        values = [point[1] for series in losses for point in series.points]
-        digits = max(3, _decimals(ticks(min(values), max(values))))
-        axes, formats = ("Epoch", "Log loss"), ("{:.0f}", f"{{:.{digits}f}}")
-        made["training"] = lines(
-            "training", "Validation log loss", text, losses, labels=axes, formats=formats
-        )
+    for name, title, series in (
+        ("training", "Validation log loss", losses),
+        ("learning", "Learning curves", learning),
+    ):
+        if series:
+            made[name] = _losses(name, title, series)
     return made
+
+
+def _losses(name: str, title: str, series: Sequence[Series]) -> str:
+    """Loss against epochs."""
+    text = "; ".join(f"{s.name}: lowest {min(p[1] for p in s.points):.4f}" for s in series)
+    values = [point[1] for curve in series for point in curve.points]
+    digits = max(3, _decimals(ticks(min(values), max(values))))
+    axes, formats = ("Epoch", "Log loss"), ("{:.0f}", f"{{:.{digits}f}}")
+    return lines(name, title, text, series, labels=axes, formats=formats)
 
 
 class _Frame:

@@ -135,6 +135,12 @@ def show_results(config: Config, records: Records, show: Show) -> None:
                 for c in evaluation["comparisons"]
             ],
         )
+        gate = evaluation.get("gate", {})
+        show(
+            f"Gate: {gate.get('decision', 'no decision')}, challenger {gate.get('challenger')}",
+            ["condition"],
+            [[reason] for reason in gate.get("reasons", [])],
+        )
     show(
         "Every row is accounted for",
         ["door", "in", "out", "refused", "duplicates", "left out", "adds up"],

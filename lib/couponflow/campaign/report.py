@@ -5,15 +5,13 @@ and checks that they agree with each other. What disagrees is listed at the top.
 another place, no user id. Equal inputs give equal bytes.
 """
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from couponflow.campaign import agreement, charts, formats
+from couponflow.campaign import agreement, charts, formats, modelcard
 from couponflow.lake import storage
 
 if TYPE_CHECKING:
@@ -21,26 +19,7 @@ if TYPE_CHECKING:
 
 Facts = Mapping[str, Any]
 
-KINDS = {  # label, what it is, colour class, dash pattern
-    "logistic": ("Logistic regression", "on aggregates", "c2", "7 4"),
-    "dien": ("DIEN", "sequences and aggregates", "c1", ""),
-    "blend": ("Blend", "of DIEN and logistic regression", "c3", "2 4"),
-}
-#: The conditions of the gate, as ``evaluation.judge`` writes them.
-_DIFFERENCE = re.compile(
-    r"cut-off (\d+) of (\d+): (\w+) difference (\S+) \[(\S+), (\S+)\], minimum detectable \S+"
-)
-_RATIO = re.compile(r"expected over observed conversions (\S+), allowed (\S+) to (\S+)")
-_ERROR = re.compile(r"calibration error (\S+), champion (\S+)")
 MILESTONES = {"user_master", "eligible", "would_select", "mailed"}  # waterfall lines that exclude nobody
-LOWER_IS_BETTER = {"log_loss", "normalised_entropy", "ece", "brier"}
-METRICS = {
-    "auc": "AUC",
-    "gauc": "grouped AUC",
-    "pr_auc": "PR-AUC",
-    "log_loss": "log loss",
-    "ece": "calibration error",
-}
 OBJECTIVES = {
     "expected_profit": "The list was chosen for the highest expected profit inside the budget.",
     "top_k": "The list holds the users who are most likely to convert.",
@@ -133,28 +112,21 @@ def _template() -> "Template":
     return environment.from_string(source)
 
 
-def _pair(values: Any) -> tuple[float, float] | None:
-    if isinstance(values, list | tuple) and len(values) == 2 and all(charts.is_number(v) for v in values):
-        return float(values[0]), float(values[1])
-    return None
-
-
 def _context(inputs: ReportInputs) -> dict[str, Any]:
     from markupsafe import Markup
 
-    models = _models(inputs)
-    gate = _gate(inputs, models)
+    scored = inputs.selection.get("model_version") or inputs.score.get("model_version", "")
+    models = modelcard.model_rows(inputs.evaluation, scored, inputs.score.get("kind", ""))
+    gate = modelcard.gate(inputs.evaluation, models)
     waterfall = agreement.waterfall_problems(inputs.selection)
     conservation = [agreement.with_gap(row) for row in inputs.conservation]
     verdicts = sorted(inputs.verdicts, key=lambda row: row.get("verdict") == "ok")  # stable: problems first
     used = next((model for model in models if model["is_used"]), None)
-    comparisons = _comparisons(inputs, models)
+    comparisons = modelcard.comparisons(inputs.evaluation, models)
     bars = _histogram_rows(inputs.score_histogram)
-    learned = [
-        (*_style(kind), (record or {}).get("epochs") or [])
-        for kind, record in sorted((inputs.evaluation.get("training") or {}).items())
-    ]
-    made = charts.draw_all(models, used, comparisons, bars, learned)
+    learning = modelcard.learning(inputs.evaluation, used)
+    curves = [modelcard.validation_losses(inputs.evaluation), learning["series"]]
+    made = charts.draw_all(models, used, comparisons, bars, *curves)
     context = {
         "inputs": inputs,
         "selection": inputs.selection,
@@ -175,7 +147,10 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "num_skipped": sum(bool(stage.get("skipped")) for stage in inputs.stages),
         "charts": {name: Markup(svg) for name, svg in made.items()},  # charts escape every text they show
         "histogram": bars,
-        "gain_rows": _gain_rows(used),
+        "segments": modelcard.segments(used),
+        "learning": learning,
+        "learning_legend": [(curve.name, curve.colour, curve.dash) for curve in learning["series"]],
+        "gain_rows": modelcard.gain_rows(used),
         "gain_legend": [(m["label"], m["colour"], m["dash"]) for m in models if m["gain_curve"]],
     }
     context["problems"] = agreement.find_problems(
@@ -222,150 +197,6 @@ def _constraint(inputs: ReportInputs) -> str:
     return f"{text}."
 
 
-def _models(inputs: ReportInputs) -> list[dict[str, Any]]:
-    records: Mapping[str, Facts] = inputs.evaluation.get("models") or {}
-    scored = inputs.selection.get("model_version") or inputs.score.get("model_version")
-    rows = []
-    for kind in sorted(records):
-        record = records[kind]
-        label, colour, dash = _style(kind)
-        metrics = record.get("metrics") or {}
-        intervals = record.get("intervals") or {}
-        is_used = record.get("model_version") == scored if scored else kind == inputs.score.get("kind")
-        rows.append(
-            {
-                "kind": kind,
-                "label": label,
-                "about": KINDS[kind][1] if kind in KINDS else "",
-                "colour": colour,
-                "dash": dash,
-                "version": record.get("model_version", ""),
-                "is_used": is_used,
-                "metrics": metrics,
-                "lift": metrics.get("lift") or {},
-                "captured": metrics.get("captured") or {},
-                "intervals": {name: _pair(values) for name, values in intervals.items()},
-                "reliability": record.get("reliability") or [],
-                "reliability_uncalibrated": record.get("reliability_uncalibrated") or [],
-                "gain_curve": record.get("gain_curve") or [],
-                "by_campaign": record.get("by_campaign") or {},
-            }
-        )
-    return sorted(rows, key=lambda row: (-_sortable(row["metrics"].get("auc")), row["kind"]))
-
-
-def _style(kind: str) -> tuple[str, str, str]:
-    """Label, colour class and dash pattern of a kind of model."""
-    if kind in KINDS:
-        label, _, colour, dash = KINDS[kind]
-        return label, colour, dash
-    return kind.replace("_", " "), "c4", "9 3 2 3"
-
-
-def _sortable(value: Any) -> float:
-    return float(value) if charts.is_number(value) else -math.inf
-
-
-def _gate(inputs: ReportInputs, models: Sequence[Facts]) -> dict[str, Any] | None:
-    gate = inputs.evaluation.get("gate") or {}
-    if not gate:
-        return None
-    champion, challenger = (_find(models, gate.get(side)) for side in ("champion", "challenger"))
-    is_promoted = gate.get("decision") == "promote"
-    choice, other = (challenger, champion) if is_promoted else (champion, challenger)
-    used = next((model for model in models if model["is_used"]), None)
-    sides = {champion["kind"], challenger["kind"]}
-    tested: Facts = next(
-        (
-            row
-            for row in inputs.evaluation.get("comparisons") or []
-            if {_find(models, row.get(side))["kind"] for side in ("champion", "challenger")} == sides
-        ),
-        {},
-    )
-    return {
-        "is_promoted": is_promoted,
-        "choice": choice["label"],
-        "other": other["label"] if gate.get("challenger") else "",
-        "reasons": [_reason(text) for text in gate.get("reasons") or []],
-        "metric": METRICS.get(tested.get("metric", ""), tested.get("metric", "")),
-        "detectable": tested.get("minimum_detectable"),
-        "used_label": used["label"] if used else None,
-        "is_used_choice": used is not None and used["kind"] == choice["kind"],
-    }
-
-
-def _reason(text: str) -> tuple[str, str]:
-    """Mark and plain words of a gate's reason, which starts with ``holds:`` or ``fails:``."""
-    state, _, rest = str(text).partition(": ")
-    marks = {"holds": "✓", "fails": "✗"}
-    return (marks[state], _in_words(rest)) if state in marks else ("", str(text))
-
-
-def _in_words(condition: str) -> str:
-    """What a condition of the gate means; one of another form stays as it is written."""
-    found = _DIFFERENCE.fullmatch(condition)
-    if found:
-        place, cutoffs, metric, *numbers = found.groups()
-        difference, low, high = (formats.decimal(float(number), is_signed=True) for number in numbers)
-        where = "" if cutoffs == "1" else f" (test period {place} of {cutoffs})"
-        return (
-            f"{METRICS.get(metric, metric)} differs from the champion's by {difference}, with chance between "
-            f"{low} and {high}; both ends have to be above 0{where}"
-        )
-    found = _RATIO.fullmatch(condition)
-    if found:
-        ratio, low, high = found.groups()
-        return f"it predicted {float(ratio):.2f} times the conversions that came; {low} to {high} is allowed"
-    found = _ERROR.fullmatch(condition)
-    if found:
-        own, champion = (formats.decimal(float(number), 4) for number in found.groups())
-        return f"its calibration error is {own}, and the champion's {champion} must not be exceeded"
-    return condition
-
-
-def _find(models: Sequence[Facts], name: Any) -> Facts:
-    """The model of a kind or version; an unknown one keeps its name."""
-    for model in models:
-        if name in (model["kind"], model["version"]):
-            return model
-    label, colour, _ = _style(str(name or "none"))
-    return {"kind": name, "label": label, "colour": colour}
-
-
-def _comparisons(inputs: ReportInputs, models: Sequence[Facts]) -> list[dict[str, Any]]:
-    rows = []
-    for record in inputs.evaluation.get("comparisons") or []:
-        challenger, champion = (_find(models, record.get(side)) for side in ("challenger", "champion"))
-        metric, interval = record.get("metric", "auc"), _pair(record.get("interval"))
-        smallest, difference = record.get("minimum_detectable"), record.get("difference")
-        name = METRICS.get(metric, metric)
-        verdict = "No interval, so nothing is claimed."
-        if interval:
-            sign = -1 if metric in LOWER_IS_BETTER else 1
-            low, high = sorted((sign * interval[0], sign * interval[1]))
-            if low > 0:
-                verdict = f"{challenger['label']} is better: the whole interval is in its favour."
-            elif high < 0:
-                verdict = f"{challenger['label']} is worse: the whole interval is against it."
-            else:
-                verdict = "No difference is shown: the interval includes zero."
-        if charts.is_number(smallest):
-            verdict += f" A true difference below about {formats.decimal(smallest)} would easily go unseen."
-        rows.append(
-            {
-                "name": f"{challenger['label']} {charts.MINUS} {champion['label']}",
-                "metric": name,
-                "difference": difference,
-                "interval": interval,
-                "detectable": smallest,
-                "verdict": verdict,
-                "colour": challenger["colour"],
-            }
-        )
-    return rows
-
-
 def _seconds(stages: Sequence[Facts], is_skipped: bool) -> float:
     found = [stage.get("seconds") for stage in stages if bool(stage.get("skipped")) == is_skipped]
     return sum(float(seconds) for seconds in found if seconds is not None and charts.is_number(seconds))
@@ -378,7 +209,7 @@ def _stages(stages: Sequence[Facts]) -> list[dict[str, Any]]:
             **{name: stage.get(name) for name in ("job", "dates", "seconds", "status", "run_id")},
             "skipped": bool(stage.get("skipped")),
             "rows": sorted((stage.get("rows") or {}).items()),
-            "width": f"{100 * _sortable(stage.get('seconds', 0)) / longest:.2f}"
+            "width": f"{100 * stage['seconds'] / longest:.2f}"
             if charts.is_number(stage.get("seconds"))
             else "0",
         }
@@ -437,11 +268,3 @@ def _histogram_rows(histogram: Facts) -> list[tuple[float, float, int, int]]:
     if not counts or len(edges) != len(counts) + 1 or len(chosen) != len(counts):
         return []
     return list(zip(edges[:-1], edges[1:], counts, chosen, strict=True))
-
-
-def _gain_rows(used: Facts | None) -> dict[str, Any] | None:
-    """The gain curve of the model in use, thinned to about twenty rows."""
-    if not used or not used["gain_curve"]:
-        return None
-    step = -(-len(used["gain_curve"]) // 21)
-    return {"label": used["label"], "points": used["gain_curve"][::step]}

@@ -1,14 +1,13 @@
-"""Models judged on the same rows: intervals by a paired cluster bootstrap, and the promotion gate.
+"""Models judged on the same rows: metrics, and intervals by a paired cluster bootstrap.
 
 Rows of one user are not independent, so users are drawn, not rows: each draw gives every user an integer
 multiplicity, used as row weight, which equals writing the user's rows that many times. All models of a
 comparison see the same draws; a difference of two models is therefore far better known than either value.
 """
 
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,23 +18,20 @@ from couponflow.sections import EvaluationConfig
 from couponflow.training import metrics
 from couponflow.training.metrics import Floats
 
-log = logging.getLogger("couponflow")
-
 #: (z .975 + z .80): a true difference this many standard errors wide is found with 80 % power at 5 %.
 MINIMUM_DETECTABLE = 2.8016
-#: Promotion needs the expected over the observed conversions inside this range.
-RATIO_RANGE = (0.9, 1.1)
 INTERVAL_METRICS = ("auc", "pr_auc", "log_loss", "ece")
 _BLOCK_CELLS = 4_000_000  # draws x rows held at once, 32 MB as float64
 
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """What is judged: label 0 or 1, user and campaign of each row, all [N]."""
+    """What is judged: label 0 or 1, user, campaign and business day (ISO text) of each row, all [N]."""
 
     label: Floats
     user_id: NDArray[Any]
     campaign_id: NDArray[Any]
+    day: NDArray[Any]
 
     def __post_init__(self) -> None:
         if not self.label.size or len(set(self.label.tolist())) < 2:
@@ -180,38 +176,33 @@ def compare(
     return Comparison(challenger.name, champion.name, point, interval(differences), error, skipped)
 
 
-def judge(
-    comparisons: Sequence[Comparison],
-    challenger_metrics: Mapping[str, Any],
-    champion_metrics: Mapping[str, Any],
-    is_identical: bool = False,
-) -> dict[str, Any]:
-    """Whether a challenger replaces the champion, with a reason for each condition.
+def compare_on(
+    rows: LabelledRows,
+    challenger: ScoredModel,
+    champion: ScoredModel,
+    places: NDArray[np.intp],
+    config: EvaluationConfig,
+) -> Comparison:
+    """The same on some of the rows, with draws of their own users.
 
-    ``comparisons``: one per available cut-off, all of the same two models. Promotion needs: other scores
-    than the champion; a lower bound of the paired difference above 0, and a difference that is testable, on
-    every cut-off; expected over observed conversions in ``RATIO_RANGE``; a calibration error not above the
-    champion's.
+    Raises:
+        DataError: these rows have one class only.
     """
-    failures: list[str] = ["challenger and champion score every row alike"] if is_identical else []
-    passed: list[str] = []
-    for place, found in enumerate(comparisons, start=1):
-        low, high = found.interval
-        text = (
-            f"cut-off {place} of {len(comparisons)}: {found.metric} difference {found.difference:+.4f} "
-            f"[{low:+.4f}, {high:+.4f}], minimum detectable {found.minimum_detectable:.4f}"
-        )
-        (passed if low > 0.0 else failures).append(text)
-        if low > 0.0 and not found.is_testable:
-            failures.append(f"cut-off {place}: a difference below the minimum detectable one is no claim")
-    ratio = challenger_metrics["calibration_ratio"]
-    text = f"expected over observed conversions {ratio:.3f}, allowed {RATIO_RANGE[0]} to {RATIO_RANGE[1]}"
-    (passed if RATIO_RANGE[0] <= ratio <= RATIO_RANGE[1] else failures).append(text)
-    text = f"calibration error {challenger_metrics['ece']:.4f}, champion {champion_metrics['ece']:.4f}"
-    (passed if challenger_metrics["ece"] <= champion_metrics["ece"] else failures).append(text)
-    promoted = bool(comparisons) and not failures
-    reasons = [f"fails: {reason}" for reason in failures] + [f"holds: {reason}" for reason in passed]
-    return {"decision": "promote" if promoted else "keep_champion", "reasons": reasons}
+    part = LabelledRows(
+        *(values[places] for values in (rows.label, rows.user_id, rows.campaign_id, rows.day))
+    )
+    draws: dict[str, dict[str, Floats]] = {}
+    pair = [
+        replace(m, logit=m.logit[places], probability=m.probability[places]) for m in (challenger, champion)
+    ]
+    ranked = [metrics.Ordered(model.logit, part.label) for model in pair]
+    blocks = [
+        [order.auc(weights) for order in ranked]
+        for weights in draw_weights(part.user_id, config.num_draws, config.seed)
+    ]
+    for model, drawn in zip(pair, zip(*blocks, strict=True), strict=True):
+        draws[model.name] = {"auc": np.concatenate(drawn)}
+    return compare(part, pair[0], pair[1], draws)
 
 
 def point_metrics(rows: LabelledRows, model: ScoredModel, num_bins: int) -> dict[str, Any]:
@@ -231,65 +222,71 @@ def point_metrics(rows: LabelledRows, model: ScoredModel, num_bins: int) -> dict
         "ece": metrics.ece(model.probability, label, num_bins),
         "ece_uncalibrated": metrics.ece(raw, label, num_bins),
         "brier": metrics.brier(model.probability, label),
+        "brier_parts": metrics.brier_parts(model.probability, label, num_bins),
         "calibration_ratio": metrics.calibration_ratio(model.probability, label),
         "lift": {share: metrics.lift(model.logit, label, size) for share, size in sizes.items()},
         "captured": {share: metrics.captured(model.logit, label, size) for share, size in sizes.items()},
     }
 
 
+@dataclass(frozen=True)
+class Judged:
+    """All models on the same rows: point metrics and draws by name, each other model against the champion.
+
+    ``draws`` maps a name to its interval metrics, each [draws]; ``comparisons`` are in the order of the
+    models, ``ece_errors`` holds the paired standard error of each challenger's calibration error minus the
+    champion's.
+    """
+
+    champion: str
+    points: dict[str, dict[str, Any]]
+    draws: dict[str, dict[str, Floats]]
+    comparisons: list[Comparison]
+    ece_errors: dict[str, float]
+
+
 def evaluate(
     rows: LabelledRows, models: Sequence[ScoredModel], champion: str, config: EvaluationConfig
-) -> dict[str, Any]:
-    """Judge all models on the rows: the part of the evaluation record that numbers decide.
-
-    ``champion`` names one of ``models``. Every other model is compared with it; the gate names the
-    challenger that may be promoted, or else the one with the largest difference. NaN becomes None.
-    """
+) -> Judged:
+    """Judge all models on the rows; ``champion`` names one of them, every other one is compared with it."""
     by_name = {model.name: model for model in models}
     draws = bootstrap(rows, models, config.num_draws, config.num_bins, config.seed)
-    points = {model.name: point_metrics(rows, model, config.num_bins) for model in models}
-    comparisons: list[Comparison] = []
-    verdicts: list[dict[str, Any]] = []
-    best = by_name[champion]
-    for model in models:
-        if model.name == champion:
-            continue
-        found = compare(rows, model, best, draws)
-        identical = bool(np.array_equal(model.logit, best.logit))
-        verdict = judge([found], points[model.name], points[champion], identical)
-        comparisons.append(found)
-        verdicts.append({"challenger": model.name, "challenger_version": model.model_version, **verdict})
-    order = sorted(
-        range(len(verdicts)),
-        key=lambda n: (verdicts[n]["decision"] != "promote", -comparisons[n].difference),
+    others = [model for model in models if model.name != champion]
+    return Judged(
+        champion,
+        {model.name: point_metrics(rows, model, config.num_bins) for model in models},
+        draws,
+        [compare(rows, model, by_name[champion], draws) for model in others],
+        {
+            model.name: float(np.std(draws[model.name]["ece"] - draws[champion]["ece"], ddof=1))
+            for model in others
+        },
     )
-    no_rival = {
-        "challenger": None,
-        "challenger_version": None,
-        "decision": "keep_champion",
-        "reasons": ["there is no challenger"],
-    }
-    gate = verdicts[order[0]] if verdicts else no_rival
-    record = {
+
+
+def describe(
+    rows: LabelledRows, models: Sequence[ScoredModel], judged: Judged, config: EvaluationConfig
+) -> dict[str, Any]:
+    """The part of the evaluation record that numbers decide: metrics, intervals and curves of each model."""
+    return {
         "num_rows": int(rows.label.size),
         "num_positives": int(rows.label.sum()),
         "num_users": int(np.unique(rows.user_id).size),
         "models": {
             model.name: {
                 "model_version": model.model_version,
-                "metrics": points[model.name],
-                "intervals": {key: list(interval(values)) for key, values in draws[model.name].items()},
+                "metrics": judged.points[model.name],
+                "intervals": {
+                    key: list(interval(values)) for key, values in judged.draws[model.name].items()
+                },
                 "reliability": metrics.reliability(model.probability, rows.label, config.num_bins),
                 "gain_curve": metrics.gain_curve(model.logit, rows.label),
                 "by_campaign": _by_campaign(rows, model),
             }
             for model in models
         },
-        "comparisons": [found.as_dict() for found in comparisons],
-        "gate": {"champion": champion, "champion_version": best.model_version, **gate},
+        "comparisons": [found.as_dict() for found in judged.comparisons],
     }
-    cleaned: dict[str, Any] = _without_nan(record)
-    return cleaned
 
 
 def _by_campaign(rows: LabelledRows, model: ScoredModel) -> dict[str, dict[str, Any]]:
@@ -306,10 +303,10 @@ def _by_campaign(rows: LabelledRows, model: ScoredModel) -> dict[str, dict[str, 
     return found
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has no NaN: a metric that does not exist is null."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,12 +1,15 @@
-"""Where models are kept: immutable versions, the newest of each kind, and the champion pointer. Storage only.
+"""Where models are kept: immutable versions, the newest of each kind, champion and challenger.
 
 ``models/<model_version>/`` holds a bundle's files, its manifest last: a folder without one is no version.
-``models/newest-<kind>.json`` and ``models/champion.json`` are pointers, moved against what they held; they
-name the versions before too, oldest first. Which model deserves promotion is decided elsewhere.
+``models/newest-<kind>.json``, ``models/champion.json`` and ``models/challenger.json`` are pointers, moved
+against what they held; they name the versions before too, oldest first. A version is model, calibrator and
+vocabulary in one, so that none of them moves without the others. Which model deserves promotion is decided
+elsewhere.
 """
 
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from couponflow.errors import ConfigError, DataError
 from couponflow.lake import storage
 
 CHAMPION = "champion"
+CHALLENGER = "challenger"
 #: Cheapest first: the order in which an evaluation lists them.
 KINDS = ("rate", "rule", "logistic", "boosted", "dien", "blend")
 _MANIFEST = "manifest.json"
@@ -41,22 +45,23 @@ def register(root_uri: str, folder: Path, run_id: str) -> str:
 
 
 def resolve(root_uri: str, name: str) -> str:
-    """The version behind a name: ``champion``, a kind (its newest version), or a version itself.
+    """The version behind a name: ``champion``, ``challenger``, a kind (its newest version), or a version.
 
     Raises:
         ConfigError: the name is neither.
         DataError: there is no such model.
     """
-    if name == CHAMPION or name in KINDS:
+    if name in (CHAMPION, CHALLENGER) or name in KINDS:
         pointer = pointed(root_uri, name)
         if pointer is None:
-            raise DataError(f"{root_uri} has no {name} model; run the train job first")
+            job = "evaluate" if name == CHALLENGER else "train"
+            raise DataError(f"{root_uri} has no {name} model; run the {job} job first")
         version = str(pointer["model_version"])
     elif _VERSION.fullmatch(name):
         version = name
     else:
         raise ConfigError(
-            f"model {name!r}: expected champion, {', '.join(KINDS)} or a version such as "
+            f"model {name!r}: expected champion, challenger, {', '.join(KINDS)} or a version such as "
             "logistic-0123456789ab"
         )
     if not storage.exists(storage.join(_folder_uri(root_uri, version), _MANIFEST)):
@@ -67,7 +72,7 @@ def resolve(root_uri: str, name: str) -> str:
 
 
 def pointed(root_uri: str, name: str) -> dict[str, Any] | None:
-    """What ``champion`` or a kind points to (model_version, kind, run_id, reason, previous), or None."""
+    """What a name points to: model_version, kind, run_id, reason and the versions before; or None."""
     uri = _pointer_uri(root_uri, name)
     held = _held(uri)
     return None if held is None else _tree(uri, held)
@@ -93,6 +98,12 @@ def versions(root_uri: str) -> list[str]:
     ]
 
 
+def roles(root_uri: str) -> dict[str, str]:
+    """Version -> ``champion`` or ``challenger``; a challenger that was promoted is the champion."""
+    pointers = {name: pointed(root_uri, name) for name in (CHALLENGER, CHAMPION)}
+    return {str(pointer["model_version"]): name for name, pointer in pointers.items() if pointer}
+
+
 def set_champion(root_uri: str, name: str, run_id: str, reason: str) -> str:
     """Make a model the champion; returns its version. The champion before it is remembered.
 
@@ -105,10 +116,49 @@ def set_champion(root_uri: str, name: str, run_id: str, reason: str) -> str:
     return version
 
 
+def promote(root_uri: str, name: str, run_id: str, reason: str) -> str:
+    """Make a model the champion after its bundle has been checked; returns its version.
+
+    Raises:
+        ConfigError, DataError: as ``resolve`` and ``check_bundle``.
+        ConflictError: another run moved the pointer meanwhile.
+    """
+    version = resolve(root_uri, name)
+    check_bundle(root_uri, version)
+    return set_champion(root_uri, version, run_id, reason)
+
+
+def set_challenger(root_uri: str, model_version: str, run_id: str, reason: str) -> None:
+    """Name the model that the gate set against the champion; it scores nobody until it is promoted.
+
+    Raises:
+        ConflictError: another run moved the pointer meanwhile.
+    """
+    _move(root_uri, CHALLENGER, resolve(root_uri, model_version), run_id, reason)
+
+
+def check_bundle(root_uri: str, model_version: str) -> None:
+    """Refuse a bundle that this code and these examples cannot score with.
+
+    Raises:
+        ConfigError: a file differs from its SHA-256, the bundle is of a newer schema or of other aggregates,
+            or it was trained with another vocabulary than the lake's examples have.
+        DataError: the version is not there, or the examples are of other code.
+    """
+    from couponflow.models.bundle import load_bundle
+    from couponflow.training import feed
+
+    manifest = storage.join(root_uri, "datasets", f"{feed.TABLE}.json")
+    vocabulary = feed.load_manifest(root_uri).vocabulary_version if storage.exists(manifest) else None
+    with tempfile.TemporaryDirectory() as folder:
+        load_bundle(fetch(root_uri, model_version, Path(folder)), vocabulary)
+
+
 def roll_back(root_uri: str, run_id: str, reason: str) -> str:
     """Make the previous champion the champion again; returns its version. May be repeated.
 
     Raises:
+        ConfigError: as ``check_bundle``.
         DataError: there is no earlier champion.
         ConflictError: another run moved the pointer meanwhile.
     """
@@ -118,6 +168,7 @@ def roll_back(root_uri: str, run_id: str, reason: str) -> str:
     if not previous:
         raise DataError(f"{root_uri} has no champion before the present one; promote a version instead")
     version = resolve(root_uri, previous[-1])
+    check_bundle(root_uri, version)
     storage.replace(uri, _pointer(version, run_id, reason, previous[:-1]), held)
     return version
 
@@ -145,7 +196,7 @@ def _pointer(version: str, run_id: str, reason: str, previous: list[str]) -> byt
 
 
 def _pointer_uri(root_uri: str, name: str) -> str:
-    file = f"{CHAMPION}.json" if name == CHAMPION else f"newest-{name.removeprefix('newest-')}.json"
+    file = f"{name}.json" if name in (CHAMPION, CHALLENGER) else f"newest-{name.removeprefix('newest-')}.json"
     return storage.join(root_uri, "models", file)
 
 
