@@ -16,8 +16,9 @@ import pytest
 from couponflow.config import Config
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import layouts, storage
-from couponflow.models.bundle import Bundle, Logistic, load_bundle, save_bundle
+from couponflow.models.bundle import Bundle, load_bundle, save_bundle
 from couponflow.models.calibration import Calibrator
+from couponflow.models.tabular import Logistic
 from couponflow.training import feed, registry
 
 NUM_WIDE = len(layouts.WIDE_FEATURES)

@@ -90,7 +90,7 @@ class Dien(nn.Module):
 
         self.position: nn.Embedding | None = None
         if config.position_dim:
-            self.position = nn.Embedding(_NUM_POSITIONS, config.position_dim)
+            self.position = Embedding(_NUM_POSITIONS, config.position_dim)
 
         self.extraction: GruCell | None = None
         self.auxiliary: MlpScorer | DotScorer | None = None

@@ -50,13 +50,6 @@ def masked_softmax(score: Tensor, mask: Tensor) -> Tensor:
     return (e / e.sum(-1, keepdim=True).clamp_min(1e-30)).to(score.dtype)
 
 
-def masked_mean(value_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean over the real steps of each row, [B,D]; a row without any gives zeros."""
-    wide = _at_least_float32(value_BTD).masked_fill(~mask_BT[..., None], 0.0)
-    count = mask_BT.sum(-1, keepdim=True).clamp_min(1)
-    return (wide.sum(-2) / count).to(value_BTD.dtype)
-
-
 def masked_max(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Greatest value over the real steps of each row, [B]; a row without any gives zero."""
     if value_BT.shape[1] == 0:
