@@ -166,7 +166,7 @@ def test_the_order_of_events_matters_to_recurrence_and_positions(variant: str) -
 def test_places_are_counted_from_the_newest_event_and_old_ones_share_one() -> None:
     made = trained(encoder="din", position_dim=2).double()
     batch = rows(2, length=[130, 130])
-    places = made.position.num_embeddings  # type: ignore[union-attr]
+    places = made.position.num_embeddings
     torch.testing.assert_close(made(turned(batch, 131 - places)).logits, made(batch).logits)
     assert (made(turned(batch, 132 - places)).logits - made(batch).logits).abs().max() > 1e-6
 

@@ -150,7 +150,7 @@ def test_encoder_equals_its_equations(variant: str) -> None:
         torch.testing.assert_close(interest[row], expected)
         if made.num_matches:
             assert score is not None
-            query = made.attention.query(candidate[row : row + 1])[0]  # type: ignore[union-attr,operator]
+            query = made.attention.query(candidate[row : row + 1])[0]
             product = query @ expected[: len(query)]
             torch.testing.assert_close(match[row], torch.stack([product, score.max()]))
 
@@ -174,7 +174,7 @@ def test_batches_of_no_row_and_of_one_row(variant: str, lengths: list[int]) -> N
     made = make(**VARIANTS[variant]).train()
     states, candidate = inputs(made, lengths)
     interest, match = encode(made, states.requires_grad_(), candidate, lengths)
-    (interest.sum() + match.sum()).backward()  # type: ignore[no-untyped-call]
+    (interest.sum() + match.sum()).backward()
     for name, value in made.named_parameters():
         assert value.grad is not None, name
         assert torch.isfinite(value.grad).all(), name
@@ -205,8 +205,8 @@ def test_a_softmax_weighs_as_the_golden_scores_say() -> None:
     """Scores 0, ln 3 and, on padding, 5: weights 1/4, 3/4 and nothing."""
     made = make(encoder="din", attention="bilinear")
     with torch.no_grad():
-        made.attention.query.weight.zero_()  # type: ignore[union-attr]
-        made.attention.query.weight[0, 0] = math.sqrt(STEP)  # type: ignore[union-attr,operator]
+        made.attention.query.weight.zero_()
+        made.attention.query.weight[0, 0] = math.sqrt(STEP)
     states = torch.zeros(1, 3, STEP).double()
     states[0, :, 0] = torch.tensor([0.0, math.log(3), 5.0])
     states[0, :, 1:4] = torch.eye(3)
@@ -234,10 +234,10 @@ def test_raw_scores_never_reach_a_gate() -> None:
             with pytest.raises(ValidationError, match=f"multiply the gates of cell '{cell}'"):
                 ModelConfig(cell=cell, normalise="sum")
     for over in ({"cell": "gru"}, {"encoder": "din"}, {"encoder": "gru_att"}):
-        assert ModelConfig(normalise="sum", **over).normalise == "sum"  # type: ignore[arg-type]
+        assert ModelConfig(normalise="sum", **over).normalise == "sum"
 
 
 def test_sigmoid_weights_start_low() -> None:
     config = ModelConfig(encoder="din", normalise="sigmoid", attention="bilinear")
     made = build_encoder(config, STEP, CANDIDATE)
-    assert made.attention.offset.item() == -1.0  # type: ignore[union-attr,operator]
+    assert made.attention.offset.item() == -1.0

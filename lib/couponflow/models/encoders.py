@@ -7,6 +7,7 @@ and ``dien``. Everything before an encoder is free of the candidate.
 Every encoder gives a row the same vector whatever its padding and, in eval mode, its batch mates.
 """
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -30,15 +31,15 @@ class Encoded(NamedTuple):
     match: Tensor
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """Base of the encoders: ``width`` R of the interest, ``num_matches`` M (0 without attention)."""
 
     width: int
     num_matches: int = 0
 
+    @abstractmethod
     def forward(self, states_NS: Tensor, candidate_BV: Tensor, layout: Packing, mask_BT: Tensor) -> Encoded:
         """Encode packed states; rows without a step and batches without a row are legal."""
-        raise NotImplementedError
 
     def _with_match(
         self, query_BQ: Tensor, interest_BR: Tensor, score_BT: Tensor, mask_BT: Tensor
