@@ -37,6 +37,11 @@ TINY = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(rungs._TREES, "max_iter", 5)
+
+
 @pytest.fixture(scope="module")
 def config() -> Config:
     return Plan(1, TINY).config("order")
