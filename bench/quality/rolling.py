@@ -212,8 +212,10 @@ def fit(
         case "blend":
             return _blend(config, held, now, fitted["dien"])
         case _:
-            splits = [[held.rows[place] for place in part] for part in (now.inner, now.outer, now.asked)]
-            found = rungs.network(config, sizes, *splits, config.training.seed, name)
+            inner, outer, asked = (
+                [held.rows[place] for place in part] for part in (now.inner, now.outer, now.asked)
+            )
+            found = rungs.network(config, sizes, (inner, outer, asked), config.training.seed, name)
             return Logits(found.test, _platt(found.valid, label[now.outer], found.test), found.valid)
 
 
@@ -254,7 +256,7 @@ def _blend(config: Config, held: Campaigns, now: Origin, dien: Logits) -> Logits
         {"dien": dien.outer, "logistic": _logistic(config, held, now.inner, now.outer)}, label
     )
     asked = {"dien": dien.raw, "logistic": _logistic(config, held, now.inner, now.asked)}
-    return _same(intercept + sum(weights[name] * asked[name] for name in sorted(weights)))
+    return _same(np.asarray(intercept + sum(weights[name] * asked[name] for name in sorted(weights))))
 
 
 def corrected(held: Campaigns, now: Origin, logit: Array) -> Array:
@@ -275,7 +277,7 @@ def summary(held: Campaigns, judged: Judged) -> Found:
     chance = {name: 1.0 / (1.0 + np.exp(-np.concatenate(found))) for name, found in judged.corrected.items()}
     bench = Bench(label, user)
     num_top = metrics.rows_of_share(0.1, label.size)
-    ladder = []
+    ladder: list[dict[str, Any]] = []
     for name, logit in raw.items():
         found, against = bench.interval_of(logit), bench.difference([logit], [raw["logistic"]])
         as_fitted = 1.0 / (1.0 + np.exp(-logit))

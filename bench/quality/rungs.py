@@ -24,6 +24,9 @@ log = logging.getLogger("couponflow")
 
 Array = NDArray[Any]
 
+#: Rows that train, that validate, and that are scored.
+Splits = tuple[Sequence[feed.Example], Sequence[feed.Example], Sequence[feed.Example]]
+
 _SCORE_ROWS = 1_024
 #: Of the boosted trees; fixed beforehand, but for the number of trees.
 _TREES = {"max_iter": 300, "learning_rate": 0.05, "max_leaf_nodes": 31, "min_samples_leaf": 50}
@@ -70,9 +73,7 @@ def logistic(train: Array, label: Array, valid: Array, test: Array, config: Conf
 def network(
     config: Config,
     sizes: dict[str, int],
-    train: Sequence[feed.Example],
-    valid: Sequence[feed.Example],
-    test: Sequence[feed.Example],
+    splits: Splits,
     seed: int,
     encoder: str,
     **options: Any,
@@ -81,6 +82,7 @@ def network(
 
     ``seed`` decides initialisation, order of rows and dropout.
     """
+    train, valid, test = splits
     model = config.model.model_copy(update={"encoder": encoder, **options})
     section = config.training.model_copy(update={"seed": seed})
     config = config.model_copy(update={"model": model, "training": section})

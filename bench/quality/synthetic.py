@@ -102,9 +102,9 @@ class Runs:
     def network(self, name: str, seeds: int = 1) -> list[Array]:
         """Test logits of a line of the ladder, one array per seed."""
         encoder, options = LADDER[name]
-        splits = [part.rows for part in (self._drawn.train, self._drawn.valid, self._drawn.test)]
+        splits = (self._drawn.train.rows, self._drawn.valid.rows, self._drawn.test.rows)
         self.scored[name] = [
-            rungs.network(self._config, samples.SIZES, *splits, seed, encoder, **options)
+            rungs.network(self._config, samples.SIZES, splits, seed, encoder, **options)
             for seed in range(seeds)
         ]
         return self.tests(name)

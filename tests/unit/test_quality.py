@@ -35,6 +35,8 @@ TINY = (
     "model.head_dims=[4]",
     "training.batch_size=512",
 )
+#: Few training days besides: every experiment in seconds.
+SHORT = (*TINY, "source.num_users=80", "examples.train_start='2024-02-24'")
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +255,7 @@ def test_an_epoch_has_every_row_once(drawn: Samples) -> None:
 
 # ----------------------------------------------------------------------------------------------- experiments
 def test_every_experiment_gives_its_verdict_and_the_oracle_leads_the_ladder() -> None:
-    plan = Plan(2, TINY)
+    plan = Plan(2, SHORT)
     found = {name: synthetic.EXPERIMENTS[name](plan) for name in ("order", "shuffled", "order_off")}
     names = [verdict.name for one in found.values() for verdict in one.verdicts]
     assert names == ["dien_minus_din_order_only", "dien_minus_din_shuffled", "dien_minus_din_rule_off"]
@@ -266,7 +268,7 @@ def test_every_experiment_gives_its_verdict_and_the_oracle_leads_the_ladder() ->
 
 
 def test_the_control_has_no_structure_and_first_order_is_calibrated() -> None:
-    plan = Plan(1, TINY)
+    plan = Plan(1, SHORT)
     dials = plan.config("control").world
     assert (dials.local, dials.chain, dials.drift) == (0.0, 0.0, 0.0)
     assert [verdict.name for verdict in synthetic.control(plan).verdicts] == ["negative_control"]
