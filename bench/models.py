@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from bench.run import Claim, in_turns, median_ratio
+from couponflow.modelling import ModelConfig, TrainingConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, random_batch
 from couponflow.models.dien import Dien
 from couponflow.models.layers import GruCell, packing
-from couponflow.sections import ModelConfig, TrainingConfig
 from couponflow.training import trainer
 from couponflow.training.launch import Workers
 

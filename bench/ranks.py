@@ -19,9 +19,9 @@ import torch
 from bench.feed import make_files
 from bench.run import Claim
 from bench.widths import MODEL
+from couponflow.modelling import TrainingConfig
 from couponflow.models.batch import Batch, random_batch
 from couponflow.models.dien import Dien
-from couponflow.sections import TrainingConfig
 from couponflow.training import feed, launch, trainer
 from couponflow.training.launch import Workers
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from couponflow.sections import ModelConfig
+from couponflow.modelling import ModelConfig
 
 ROWS, STEPS, WIDTH = 1024, 100, 18
 ITEMS, CATEGORIES, USERS = 100_000, 1_000, 10_000

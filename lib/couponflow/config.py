@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from couponflow.errors import ConfigError
 from couponflow.mappings import FeedsConfig
-from couponflow.modelling import BoostingConfig, CalibrationConfig
+from couponflow.modelling import BoostingConfig, CalibrationConfig, ModelConfig, TrainingConfig
 from couponflow.sections import (
     ConversionsConfig,
     EvaluationConfig,
@@ -26,7 +26,6 @@ from couponflow.sections import (
     ExportConfig,
     LakeConfig,
     MaintenanceConfig,
-    ModelConfig,
     MonitoringConfig,
     RunConfig,
     ScoringConfig,
@@ -34,7 +33,6 @@ from couponflow.sections import (
     SessionsConfig,
     SourceConfig,
     SparkConfig,
-    TrainingConfig,
     VocabularyConfig,
 )
 from couponflow.values import Section

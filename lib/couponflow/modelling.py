@@ -1,10 +1,153 @@
-"""The sections of the config that shape a model beside its network: boosted trees, and the calibrator."""
+"""The sections of the config that shape a model: network, training, boosted trees, calibrator."""
 
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from couponflow.values import Section
+from couponflow.values import Section, Widths
+
+
+class ModelConfig(Section):
+    """One network; a copy travels inside the bundle and is what scoring reads.
+
+    Every encoder gets the same step inputs, candidate, aggregates and head; a field that names encoders is
+    used by those.
+    """
+
+    encoder: Literal["mean_pool", "static", "din", "gru", "gru_att", "dien"] = Field(
+        default="dien",
+        description="How a history becomes one vector: its mean; an MLP of the mean; attention of the "
+        "candidate on the steps; the last GRU state; two GRUs and attention; DIEN.",
+    )
+    item_dim: int = Field(default=4, ge=1, le=512, description="Width of the item embedding.")
+    category_dim: int = Field(default=8, ge=1, le=512, description="Width of the category embedding.")
+    shop_dim: int = Field(default=4, ge=1, le=512, description="Width of the shop embedding.")
+    type_dim: int = Field(default=2, ge=1, le=64, description="Width of the event type embedding.")
+    gap_dim: int = Field(default=4, ge=1, le=64, description="Width of the time-gap bucket embedding.")
+    position_dim: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Width of an embedding of a step's place, counted from the newest event; 0: none.",
+    )
+    hidden_dim: int = Field(
+        default=16, ge=1, le=1024, description="Width H of the recurrent layers; gru, gru_att, dien."
+    )
+    attention: Literal["mlp", "bilinear"] = Field(
+        default="mlp", description="How a step is scored against the candidate; din, gru_att, dien."
+    )
+    normalise: Literal["softmax", "sigmoid", "sum"] = Field(
+        default="softmax",
+        description="From scores to attention weights. softmax: they sum to 1; sigmoid: each step for "
+        "itself; sum: the score is the weight, which dien refuses because it multiplies gates.",
+    )
+    attention_dims: Widths = Field(default=(80, 40), description="Hidden widths of the attention MLP.")
+    attention_activation: Literal["sigmoid", "prelu", "dice"] = Field(
+        default="sigmoid", description="Hidden units of the attention MLP."
+    )
+    auxiliary_dims: Widths = Field(default=(100, 50), description="Hidden widths of the auxiliary MLP.")
+    head_dims: Widths = Field(default=(32,), description="Hidden widths of the head.")
+    cell: Literal["augru_paper", "augru_official", "agru", "aigru", "gru"] = Field(
+        default="augru_paper", description="How attention enters the second recurrent layer; dien."
+    )
+    auxiliary_scorer: Literal["mlp", "dot"] = Field(
+        default="mlp", description="How a state is scored against the next behaviour."
+    )
+    auxiliary_weight: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=10.0,
+        description="Weight alpha of the auxiliary loss on the first GRU; 0 switches it off.",
+    )
+    mba_weight: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=10.0,
+        description="Weight of the mini-batch aware regularisation of embeddings, which shrinks rare ids "
+        "more; 0: off.",
+    )
+    final_norm: bool = Field(
+        default=True, description="LayerNorm on the interest vector; gru, gru_att, dien."
+    )
+    match_features: bool = Field(
+        default=False,
+        description="Give the head the product of interest and candidate and the greatest attention score; "
+        "din, gru_att, dien.",
+    )
+    dropout: float = Field(default=0.5, ge=0.0, lt=1.0, description="Dropout in the head.")
+    wide_skip: bool = Field(
+        default=True, description="Add a linear term of the aggregates to the logit (wide and deep)."
+    )
+
+    @model_validator(mode="after")
+    def _gates_are_bounded(self) -> "ModelConfig":
+        if self.encoder == "dien" and self.cell != "gru" and self.normalise == "sum":
+            raise ValueError(
+                "normalise = 'sum' lets raw scores multiply the gates of cell "
+                f"{self.cell!r}, which diverges; use softmax or sigmoid"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """Used by train."""
+
+    num_ranks: int = Field(default=2, ge=1, le=1024, description="Horovod processes.")
+    batch_size: int = Field(default=128, ge=1, description="Rows per step over all ranks together.")
+    max_epochs: int = Field(
+        default=8, ge=1, le=1000, description="Upper bound of passes over the training rows."
+    )
+    patience: int = Field(
+        default=3, ge=1, description="Epochs without a better validation log loss before stopping."
+    )
+    learning_rate: float = Field(default=1e-3, gt=0.0, le=1.0, description="Adam step size.")
+    lr_scaling: Literal["none", "linear", "sqrt"] = Field(
+        default="none",
+        description="Factor of learning_rate by the number of ranks. batch_size is that of all ranks, so "
+        "ranks alone need none; who raises batch_size with them takes their number, or its square root.",
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="Steps over which the learning rate rises from 0; 0 starts at its full."
+    )
+    plateau_epochs: int = Field(
+        default=2,
+        ge=0,
+        description="Epochs without a better validation log loss after which the learning rate is halved; "
+        "0 never halves it. Below patience, or training stops first.",
+    )
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="Decoupled weight decay on matrices; embeddings and biases have none.",
+    )
+    clip_norm: float = Field(default=5.0, gt=0.0, description="Upper bound of the gradient's global norm.")
+    seed: int = Field(default=0, ge=0, description="Initialisation, shuffling and dropout.")
+    warm_start: bool = Field(
+        default=True,
+        description="Start a network's linear term of the aggregates at the logistic model of the training "
+        "rows; off starts it at 0. Needs model.wide_skip.",
+    )
+    shuffle_rows: int = Field(default=20_000, ge=1, description="Rows held in memory for shuffling.")
+    logistic_c: float = Field(
+        default=0.1, gt=0.0, description="Inverse L2 strength of the logistic champion."
+    )
+    gradient_compression: Literal["none", "fp16"] = Field(
+        default="none",
+        description="Precision in which ranks exchange gradients: fp16 halves the bytes and rounds them.",
+    )
+    start_timeout_seconds: int = Field(
+        default=120, ge=1, description="Seconds Horovod waits for its ranks to start."
+    )
+    stall_seconds: float = Field(
+        default=300.0,
+        gt=0.0,
+        description="Seconds. When a rank makes no step for so long, all ranks are killed (exit code 5).",
+    )
+    checkpoint_steps: int = Field(
+        default=1000,
+        ge=0,
+        description="Steps of an epoch between two checkpoints; 0 writes them at the end of epochs only.",
+    )
 
 
 class BoostingConfig(Section):

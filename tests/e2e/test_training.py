@@ -16,11 +16,11 @@ from training_lake import make_lake, make_row
 
 from couponflow.errors import DataError
 from couponflow.lake import layouts, runs
+from couponflow.modelling import TrainingConfig
 from couponflow.models.batch import Batch, empty_batch, random_batch
 from couponflow.models.bundle import load_bundle
 from couponflow.models.calibration import fit_platt
 from couponflow.models.tabular import CAMPAIGN_TYPES
-from couponflow.sections import TrainingConfig
 from couponflow.training import calibrators, feed, fitting, launch, registry, trainer
 from couponflow.training.checkpoints import Identity, Store
 

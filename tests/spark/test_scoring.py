@@ -17,12 +17,13 @@ from pyspark.sql import DataFrame, SparkSession
 from couponflow.campaign import scoring
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import layouts, schemas, storage
+from couponflow.modelling import ModelConfig
 from couponflow.models import tabular
 from couponflow.models.batch import RANDOM_SIZES, decode
 from couponflow.models.bundle import Bundle, save_bundle
 from couponflow.models.calibration import Calibrator
 from couponflow.models.dien import Dien
-from couponflow.sections import ModelConfig, ScoringConfig
+from couponflow.sections import ScoringConfig
 
 SECTION = ScoringConfig(arrow_batch_rows=16, chunk_rows=7)
 NUM_WIDE = len(layouts.WIDE_FEATURES)

@@ -14,12 +14,12 @@ import torch
 
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import layouts
+from couponflow.modelling import ModelConfig
 from couponflow.models.batch import RANDOM_SIZES, random_batch
 from couponflow.models.bundle import KINDS, Blend, Bundle, load_bundle, save_bundle
 from couponflow.models.calibration import Calibrator
 from couponflow.models.dien import Dien
 from couponflow.models.tabular import Logistic, Rate, Rule, Trees
-from couponflow.sections import ModelConfig
 from couponflow.training import registry
 
 NUM_WIDE = len(layouts.WIDE_FEATURES)

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from couponflow.errors import ConfigError
+from couponflow.modelling import ModelConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
 from couponflow.models.dien import Dien, Output
 from couponflow.models.encoders import recurrent
 from couponflow.models.layers import Cell
-from couponflow.sections import ModelConfig
 
 CELLS: tuple[Cell, ...] = get_args(Cell)
 ENCODERS = ("mean_pool", "static", "din", "gru", "gru_att")

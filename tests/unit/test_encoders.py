@@ -9,10 +9,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from couponflow.modelling import ModelConfig
 from couponflow.models.attention import Attention, AttentionScorer, BilinearScorer
 from couponflow.models.encoders import Encoded, Encoder, build_encoder, recurrent
 from couponflow.models.layers import Cell, GruCell, packing
-from couponflow.sections import ModelConfig
 
 CELLS: tuple[Cell, ...] = get_args(Cell)
 CANDIDATE, STEP, HIDDEN = 3, 5, 4

@@ -11,9 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from couponflow.config import Config
+from couponflow.modelling import ModelConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, feature_ids, random_batch
 from couponflow.models.dien import Dien
-from couponflow.sections import ModelConfig
 from couponflow.training import fitting, trainer
 from couponflow.training.launch import Workers
 from couponflow.training.regularisation import MiniBatchAware, occurrences, penalty

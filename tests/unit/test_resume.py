@@ -10,9 +10,9 @@ from test_trainer import WIDE, learnable, run_ranks, split
 from torch import nn
 
 from couponflow.errors import DataError
+from couponflow.modelling import ModelConfig, TrainingConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch
 from couponflow.models.dien import Dien
-from couponflow.sections import ModelConfig, TrainingConfig
 from couponflow.training import progress, trainer
 from couponflow.training.checkpoints import Identity, Store
 from couponflow.training.launch import Workers

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from couponflow.errors import DataError
+from couponflow.modelling import ModelConfig, TrainingConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
 from couponflow.models.dien import Dien
-from couponflow.sections import ModelConfig, TrainingConfig
 from couponflow.training import metrics, trainer
 from couponflow.training.launch import Workers
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from couponflow.modelling import ModelConfig
 from couponflow.models import kernels
 from couponflow.models.layers import Activation, Packing, ScoreMlp, masked_softmax
-from couponflow.sections import ModelConfig
 
 # A sigmoid starts low, so that a step has to earn its weight: attentional cells forget what they write over.
 _SIGMOID_START = -1.0

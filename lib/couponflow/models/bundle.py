@@ -22,11 +22,11 @@ from pydantic import ValidationError
 
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import layouts
+from couponflow.modelling import ModelConfig
 from couponflow.models.batch import Array, Batch, beyond_vocabulary
 from couponflow.models.calibration import IDENTITY, Calibrator
 from couponflow.models.dien import Dien
 from couponflow.models.tabular import FORMS, Tabular
-from couponflow.sections import ModelConfig
 
 BUNDLE_SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

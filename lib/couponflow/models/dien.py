@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from couponflow.errors import ConfigError
 from couponflow.lake import layouts
+from couponflow.modelling import ModelConfig
 from couponflow.models.batch import Batch
 from couponflow.models.encoders import build_encoder, recurrent
 from couponflow.models.layers import (
@@ -32,7 +33,6 @@ from couponflow.models.layers import (
     embed_set,
     packing,
 )
-from couponflow.sections import ModelConfig
 
 _EMBEDDING_SD = 0.05
 _LAST_GAIN = 0.1

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from couponflow.modelling import ModelConfig
 from couponflow.models.attention import Attention
 from couponflow.models.layers import GruCell, Packing, masked_max
-from couponflow.sections import ModelConfig
 
 _STATIC_WIDTH = 128
 _NUM_MATCHES = 2

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from couponflow.errors import DataError
+from couponflow.modelling import TrainingConfig
 from couponflow.models.batch import Batch
-from couponflow.sections import TrainingConfig
 from couponflow.training import metrics
 from couponflow.training.checkpoints import Store
 from couponflow.training.launch import Workers
