@@ -3,6 +3,7 @@
 import csv
 import math
 import random
+import zlib
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -54,9 +55,9 @@ def oracle(
         if reason is None and wanted[section.objective]:
             ratio = math.inf if cost == 0 else value / cost
             priority = ratio if section.objective == "expected_profit" else p
-            order.append((-priority, assignment.tie_key(campaign, user), user, cost, value))
+            order.append((-priority, -score_of(user), assignment.tie_key(campaign, user), user, cost, value))
     spent, left_out = 0, None
-    for rank, (_, _, user, cost, value) in enumerate(sorted(order), 1):
+    for rank, (_, _, _, user, cost, value) in enumerate(sorted(order), 1):
         spent += cost
         if rank > section.max_recipients or spent > selection.micro(section.budget_amount):
             reason = "max_recipients" if rank > section.max_recipients else "budget"
@@ -68,15 +69,21 @@ def oracle(
     return outcome, left_out
 
 
+def score_of(user: str) -> float:
+    """A raw score that tells some users of one probability apart, and leaves others tied."""
+    return zlib.crc32(user.encode()) % 7 / 7
+
+
 def frame_of(spark: SparkSession, users: list[User]) -> DataFrame:
     schema = T.StructType(
         [
             T.StructField("user_id", T.StringType()),
             T.StructField("conversion_probability", T.DoubleType()),
             T.StructField("reason", T.StringType()),
+            T.StructField("score", T.DoubleType()),
         ]
     )
-    return spark.createDataFrame(users, schema)
+    return spark.createDataFrame([(*user, score_of(user[0])) for user in users], schema)
 
 
 BASE = {"control_share": 0.2, "holdout_share": 0.1, "mail_cost_amount": 0.05, "margin_amount": 4.0}

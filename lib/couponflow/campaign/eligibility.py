@@ -204,7 +204,8 @@ def with_reason(
     """Join what is known about each user and name why he may not be mailed.
 
     Grain: one row per ``user_id`` of ``users``; every one of them, and no other.
-    Adds: ``conversion_probability`` (null without a usable prediction), ``reason`` (null = eligible).
+    Adds: ``conversion_probability`` (null without a usable prediction), the raw ``score`` beside it,
+    ``reason`` (null = eligible).
     Inputs: ``consent`` of ``consent_status``, ``mails`` of ``mails_in_window``, ``predictions`` with one
     row per user.
     """
@@ -214,7 +215,7 @@ def with_reason(
         users.select("user_id")
         .join(consent.withColumn("has_record", F.lit(True)), "user_id", "left")
         .join(mails, "user_id", "left")
-        .join(predictions.select("user_id", "conversion_probability"), "user_id", "left")
+        .join(predictions.select("user_id", "conversion_probability", "score"), "user_id", "left")
         .withColumn("conversion_probability", F.when(is_usable, probability))
     )
     tests = {"no_consent_record": F.col("has_record").isNull()}
@@ -223,7 +224,7 @@ def with_reason(
         "frequency_cap": F.coalesce(F.col("num_mails"), F.lit(0)) >= max_sends,
         "no_prediction": F.col("conversion_probability").isNull(),
     }
-    return joined.select("user_id", "conversion_probability", _first_of(tests).alias("reason"))
+    return joined.select("user_id", "conversion_probability", "score", _first_of(tests).alias("reason"))
 
 
 def one_prediction_per_user(
@@ -253,7 +254,7 @@ def one_prediction_per_user(
         )
     if rows[0].num_rows != rows[0].num_users:
         raise DataError(f"{where}: {rows[0].num_rows} rows for {rows[0].num_users} users; run score again")
-    return found.select("user_id", "conversion_probability"), str(rows[0].model_version)
+    return found.select("user_id", "conversion_probability", "score"), str(rows[0].model_version)
 
 
 def _first_of(tests: dict[str, Column]) -> Column:

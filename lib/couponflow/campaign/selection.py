@@ -97,11 +97,13 @@ def with_option(users: DataFrame, campaign_id: str, section: SelectionConfig) ->
 def select_users(options: DataFrame, section: SelectionConfig) -> DataFrame:
     """Take options in order until list size or budget is reached.
 
-    Grain: one row per ``user_id``, as given; needs the columns of ``with_option`` and ``reason`` (null =
-    eligible). Adds: ``rank`` (order of choice from 1; null outside the candidates), ``would_select``; fills
-    ``reason`` of eligible users: value (no candidate), max_recipients, budget or selected.
+    Grain: one row per ``user_id``, as given; needs the columns of ``with_option``, the raw ``score`` and
+    ``reason`` (null = eligible). Adds: ``rank`` (order of choice from 1; null outside the candidates),
+    ``would_select``; fills ``reason`` of eligible users: value (no candidate), max_recipients, budget or
+    selected.
     Candidates: positive value for expected_profit, p >= min_probability for threshold, else all eligible.
-    Order: (priority desc, tie, user_id), total; a pure function of the rows, not of their partitions.
+    Order: (priority desc, score desc, tie, user_id), total; a pure function of the rows, not of their
+    partitions. An isotonic calibrator gives many users one probability: the raw score still tells them apart.
     Cost: a histogram of priority gives each bucket the count and cost before it; the exact running sums
     are taken inside the buckets, in parallel. Only the histogram (some thousand rows) meets in one task.
     """
@@ -117,10 +119,10 @@ def select_users(options: DataFrame, section: SelectionConfig) -> DataFrame:
         F.coalesce(F.sum("num_users").over(before), F.lit(0)).alias("num_before"),
         F.coalesce(_exact_sum("bucket_cost").over(before), F.lit(0)).alias("cost_before"),
     )
-    inside = Window.partitionBy("bucket").orderBy(F.desc("priority"), "tie", "user_id")
+    inside = Window.partitionBy("bucket").orderBy(F.desc("priority"), F.desc("score"), "tie", "user_id")
     so_far = inside.rowsBetween(Window.unboundedPreceding, Window.currentRow)
     ranked = (
-        candidates.select("user_id", "bucket", "priority", "tie", "cost_micro")
+        candidates.select("user_id", "bucket", "priority", "score", "tie", "cost_micro")
         .withColumn("rank", F.row_number().over(inside))
         .withColumn("running_micro", _exact_sum("cost_micro").over(so_far))
         .join(F.broadcast(offsets), "bucket")
