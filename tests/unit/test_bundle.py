@@ -3,7 +3,6 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,6 @@ SMALL = ModelConfig(
 CALIBRATOR = Calibrator("platt", 0.9, -0.1)
 METRICS = {"epochs": [{"epoch": 1, "train_loss": 0.3}], "valid": {"auc": 0.7}}
 BATCH = random_batch(torch.Generator().manual_seed(0), 40)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits, badly so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def dien_bundle(seed: int = 0) -> Bundle:

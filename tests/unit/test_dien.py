@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any, get_args
 
@@ -54,15 +53,6 @@ SMALL: dict[str, Any] = {
     "head_dims": (8, 4),
     "dropout": 0.0,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits, badly so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network(**over: Any) -> Dien:

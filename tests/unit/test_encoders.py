@@ -1,7 +1,6 @@
 """Every encoder against its equations written out row by row and step by step."""
 
 import math
-from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
@@ -35,15 +34,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dien_dice": {"attention_activation": "dice", "match_features": True},
     "dien_no_norm": {"final_norm": False},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits, badly so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(**over: Any) -> Encoder:

@@ -1,6 +1,5 @@
 """Kernels against plain autograd, over several blocks; the cells themselves are compared in test_layers."""
 
-from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
@@ -11,14 +10,6 @@ from torch.nn import functional as F
 from couponflow.models import kernels
 from couponflow.models.attention import AttentionScorer
 from couponflow.models.layers import Cell, GruCell, MlpScorer, packing
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[1, 3, 1000])

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Iterator
 from typing import get_args
 
 import pytest
@@ -25,15 +24,6 @@ from couponflow.models.layers import (
 
 CELLS: tuple[Cell, ...] = get_args(Cell)
 TANH1 = math.tanh(1.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits, badly so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------------------------- masked reductions

@@ -1,7 +1,6 @@
 """Mini-batch aware regularisation against hand-made numbers and a slow count."""
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -21,15 +20,6 @@ from couponflow.training.regularisation import MiniBatchAware, occurrences, pena
 WIDE = 3
 SMALL = ModelConfig(hidden_dim=4, attention_dims=(4,), auxiliary_dims=(4,), head_dims=(4,), dropout=0.0)
 FIELDS = ("item", "category", "shop", "event_type")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread only waits, badly so on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class OneOfTwo(Workers):
