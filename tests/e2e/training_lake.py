@@ -65,7 +65,7 @@ def make_lake(folder: Path) -> tuple[str, str]:
         "[model]\nhidden_dim = 8\nhead_dims = [8]\nattention_dims = [8]\n"
         "auxiliary_dims = [8]\ndropout = 0.0\n"
         "[training]\nnum_ranks = 2\nbatch_size = 32\nmax_epochs = 3\nlearning_rate = 0.01\n"
-        "start_timeout_seconds = 60\n"
+        "start_timeout_seconds = 240\n"
         "[evaluation]\nnum_draws = 100\n"
     )
     return str(config), str(root)
