@@ -64,7 +64,7 @@ golden: install ## rewrite the expected files in tests/golden; review them as a 
 	COUPONFLOW_GOLDEN=1 $(PYTHON) -m pytest -q tests/unit -k golden
 
 .PHONY: bench
-bench: install bench-peers ## measure every speed claim (ONLY=file or claim), write bench/results.json
+bench: install $(if $(ONLY),$(if $(filter peers dien_%,$(ONLY)),bench-peers),bench-peers) ## measure every speed claim (ONLY=file or claim), write bench/results.json
 	$(PYTHON) -m bench.run $(ONLY)
 
 .PHONY: quality

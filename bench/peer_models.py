@@ -9,8 +9,8 @@ package does around a step (optimiser, clipping) is done as its own trainer does
 - FuxiCTR: as DeepCTR-Torch, but its class has no auxiliary loss: less work in training.
   The others compute theirs while scoring too.
 
-Adam throughout (ours is AdamW without decay). Embeddings start at a standard deviation of .05: some packages'
-own 1e-4 gives gradients near zero.
+Adam throughout (ours is AdamW without decay). Embeddings start at a standard deviation of .05, for some
+packages' own 1e-4 gives gradients near zero; RecBole keeps its own Xavier start.
 """
 
 from collections.abc import Callable, Sequence

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from couponflow.config import Config
 from couponflow.models.batch import Batch
 from couponflow.models.dien import Dien
-from couponflow.training import baselines, feed, fitting, trainer
+from couponflow.training import baselines, feed, preparation, trainer
 from couponflow.training.launch import Workers
 
 log = logging.getLogger("couponflow")
@@ -86,11 +86,11 @@ def network(
     model = config.model.model_copy(update={"encoder": encoder, **options})
     section = config.training.model_copy(update={"seed": seed})
     config = config.model_copy(update={"model": model, "training": section})
-    wide, label = _wide(train), np.array([row.label for row in train])
+    wide, label = feed.aggregates(train).astype(np.float64), np.array([row.label for row in train])
     torch.manual_seed(seed)
     built = Dien(model, sizes, wide.shape[1])
     mean, sd = wide.mean(0), wide.std(0)
-    fitting.prepare(built, fitting.WideRows(mean, sd, float(label.mean()), wide, label), config)
+    preparation.prepare(built, preparation.WideRows(mean, sd, float(label.mean()), wide, label), config)
     fitted = trainer.fit(
         built,
         lambda epoch: shuffled(train, section.batch_size, [seed, epoch]),
@@ -109,10 +109,6 @@ def shuffled(rows: Sequence[feed.Example], size: int, seed: Sequence[int]) -> It
     order = np.random.default_rng(list(seed)).permutation(len(rows))
     for start in range(0, len(rows), size):
         yield feed.decode([rows[place] for place in order[start : start + size]])
-
-
-def _wide(rows: Sequence[feed.Example]) -> Array:
-    return np.frombuffer(b"".join(row.wide for row in rows), "<f4").reshape(len(rows), -1).astype(np.float64)
 
 
 def logit_of(probability: Array) -> Array:

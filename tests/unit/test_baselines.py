@@ -12,7 +12,7 @@ from couponflow.models.bundle import Bundle
 from couponflow.models.calibration import fit_platt, fit_temperature
 from couponflow.models.dien import Dien
 from couponflow.models.tabular import Logistic
-from couponflow.training import baselines, fitting, metrics
+from couponflow.training import baselines, metrics, preparation
 from couponflow.training.launch import Workers
 
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
@@ -57,10 +57,10 @@ def test_features_that_a_source_does_not_have_change_nothing() -> None:
     assert model.coef[:5].tolist() == pytest.approx(alone.coef.tolist(), abs=1e-6)
     assert not model.coef[5:].any()
     both = np.column_stack([wide, absent])
-    rows = fitting.WideRows(both.mean(0), both.std(0), float(label.mean()), both, label)
+    rows = preparation.WideRows(both.mean(0), both.std(0), float(label.mean()), both, label)
     config = load_config(None)
     network = Dien(config.model, SIZES, both.shape[1])
-    fitting.prepare(network, rows, config)
+    preparation.prepare(network, rows, config)
     batch = random_batch(torch.Generator().manual_seed(0), 4, num_wide=both.shape[1])
     batch.wide[:] = torch.from_numpy(both[:4]).float()
     assert torch.isfinite(network(batch).logits).all()
@@ -164,8 +164,8 @@ def test_a_network_starts_at_the_logistic_model_if_asked(warm: bool) -> None:
     wide, label = planted(500)
     config = load_config(None, (f"training.warm_start={str(warm).lower()}",))
     network = Dien(config.model, SIZES, wide.shape[1])
-    rows = fitting.WideRows(wide.mean(0), wide.std(0), float(label.mean()), wide, label)
-    fitting.prepare(network, rows, config)
+    rows = preparation.WideRows(wide.mean(0), wide.std(0), float(label.mean()), wide, label)
+    preparation.prepare(network, rows, config)
     model = baselines.fit_logistic(wide, label, config.training.logistic_c)
     coef = model.coef if warm else np.zeros(wide.shape[1])
     bias = model.intercept if warm else np.log(label.mean() / (1 - label.mean()))
@@ -182,8 +182,8 @@ def test_the_logistic_start_holds_on_the_statistics_of_all_rows() -> None:
     wide[:, 2] = 1.0
     config = load_config(None)
     network = Dien(config.model, SIZES, wide.shape[1])
-    held = fitting.WideRows(wide.mean(0), wide.std(0), float(label.mean()), wide[:400], label[:400])
-    fitting.prepare(network, held, config)
+    held = preparation.WideRows(wide.mean(0), wide.std(0), float(label.mean()), wide[:400], label[:400])
+    preparation.prepare(network, held, config)
     model = baselines.fit_logistic(wide[:400], label[:400], config.training.logistic_c)
     expected = (wide - model.mean) / np.where(model.sd == 0.0, 1.0, model.sd) @ model.coef + model.intercept
     standardised = (torch.from_numpy(wide).float() - network.wide_mean) / network.wide_sd
@@ -196,10 +196,10 @@ def test_rows_held_for_the_start_are_bounded_over_all_ranks(
     num_ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = [random_batch(torch.Generator().manual_seed(n), 8, num_wide=3) for n in range(20)]
-    monkeypatch.setattr(fitting, "_WARM_ROWS", 64)
+    monkeypatch.setattr(preparation, "_WARM_ROWS", 64)
     workers = Workers()
     workers.size = num_ranks
-    rows = fitting.wide_rows(Batches(batches), workers)
+    rows = preparation.wide_rows(Batches(batches), workers)
     every = torch.cat([batch.wide for batch in batches]).double().numpy()
     assert rows.wide.tolist() == every[: 64 // num_ranks].tolist()
     assert rows.mean == pytest.approx(every.mean(0))

@@ -12,6 +12,7 @@ LAYERS = {
     "dates": 1,
     # Declarations in plain Python, against which the config is checked.
     "lake.layouts": 1,
+    "lake.declarations": 1,
     "lake.schemas": 1,
     "lake.contracts": 1,
     "values": 2,
@@ -58,6 +59,7 @@ AT_TOP = {
     "upkeep": {"typer"},
     "model_commands": {"typer"},
     "lake.tables": {"pyspark", "delta", "py4j"},
+    "lake.failures": {"pyspark", "py4j"},
     "lake.erasure": {"pyspark", "py4j"},
     "lake.upkeep": {"pyspark"},
     "sources": {"numpy", "pandas", "pyarrow"},

@@ -13,7 +13,7 @@ from couponflow.config import Config
 from couponflow.modelling import ModelConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, feature_ids, random_batch
 from couponflow.models.dien import Dien
-from couponflow.training import fitting, trainer
+from couponflow.training import preparation, trainer
 from couponflow.training.launch import Workers
 from couponflow.training.regularisation import MiniBatchAware, occurrences, penalty
 
@@ -158,9 +158,9 @@ def network() -> Dien:
 
 def test_the_weight_switches_it_on(config: Config) -> None:
     feed, made = Batches([rows(8), rows(3, 1)]), network()
-    assert fitting.embedding_penalty(made, feed, config, Workers()) is None
+    assert preparation.embedding_penalty(made, feed, config, Workers()) is None
     on = config.model_copy(update={"model": SMALL.model_copy(update={"mba_weight": 0.01})})
-    term = fitting.embedding_penalty(made, feed, on, Workers())
+    term = preparation.embedding_penalty(made, feed, on, Workers())
     assert term is not None
     counts = occurrences(feed.epoch(), RANDOM_SIZES, Workers())
     expected = MiniBatchAware(made.embeddings(), counts, 0.01, Workers())(rows(8))

@@ -7,7 +7,8 @@ column mapping is checked against it, and cleaning takes the names and the order
 from dataclasses import dataclass
 from typing import Any
 
-from couponflow.lake.schemas import EVENT_COLUMNS, TABLES, Column
+from couponflow.lake.declarations import Column
+from couponflow.lake.schemas import EVENT_COLUMNS, TABLES
 
 #: Kinds of file, by extension; local or on ``gs://``.
 KINDS = {

@@ -15,7 +15,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from couponflow.errors import DataError
-from couponflow.lake import schemas, storage, tables
+from couponflow.lake import failures, schemas, storage, tables
 from couponflow.lake.erased import TOMBSTONE, Erased
 
 LEDGER = "assignments"
@@ -132,7 +132,7 @@ def is_merged_only(spark: SparkSession, root_uri: str, table: str, since: int) -
         rows = spark.sql(f"DESCRIBE HISTORY delta.`{place}`").select("version", "operation").collect()
     except (Py4JJavaError, PySparkException) as error:
         raise DataError(
-            f"table {table} at {place}: its history cannot be read ({tables.first_line(error)}); "
+            f"table {table} at {place}: its history cannot be read ({failures.first_line(error)}); "
             "restore its _delta_log"
         ) from error
     return all(row["operation"] == "MERGE" for row in rows if row["version"] > since)

@@ -58,21 +58,21 @@ def check(root_uri: str, master: str) -> None:
         )
 
 
-def fire(root_uri: str, stage: str, point: str, day: date | str | None = None) -> None:
+def fire(root_uri: str, stage: str, point: str, place: date | str | None = None) -> None:
     """Do what the variable asks for at this place, if it means this place and has not fired.
 
-    ``day``: the first of the range, or a rank's place.
+    ``place``: the first day of the range, or where a rank is.
     """
-    if is_set(stage, point, day):
+    if is_set(stage, point, place):
         _act(root_uri, os.getpid())
 
 
-def is_set(stage: str, point: str, day: date | str | None = None) -> bool:
+def is_set(stage: str, point: str, place: date | str | None = None) -> bool:
     """Whether the variable means this place."""
     if not os.environ.get(VARIABLE):
         return False
     wanted, at, _ = _parsed()
-    return at == point and wanted in (stage, f"{stage}@{day}")
+    return at == point and wanted in (stage, f"{stage}@{place}")
 
 
 def passing(root_uri: str) -> "Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]":

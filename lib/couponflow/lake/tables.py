@@ -28,7 +28,7 @@ from pyspark.sql import types as T
 
 from couponflow.dates import DateRange
 from couponflow.errors import CommitConflictError, ConfigError, ConflictError, DataError, InfraError
-from couponflow.lake import faults, schemas, storage
+from couponflow.lake import declarations, failures, faults, schemas, storage
 from couponflow.sections import SparkConfig
 
 log = logging.getLogger("couponflow")
@@ -85,7 +85,7 @@ def spark_session(config: SparkConfig, app_name: str) -> SparkSession:
     return spark
 
 
-def struct_type(columns: tuple[schemas.Column, ...]) -> T.StructType:
+def struct_type(columns: tuple[declarations.Column, ...]) -> T.StructType:
     """Spark types of declared columns, comments included."""
     fields = []
     for column in columns:
@@ -120,11 +120,12 @@ def read(
         _check_schema_version(spark, declared, uri)
     except AnalysisException as error:
         raise DataError(
-            f"table {table} cannot be read at {uri}: {first_line(error)}; run the job that writes it"
+            f"table {table} cannot be read at {uri}: {failures.first_line(error)}; run the job that writes it"
         ) from error
     except (Py4JJavaError, PySparkException) as error:  # a commit is cut, gone or unreadable
         raise DataError(
-            f"table {table} at {uri}: its log is damaged ({first_line(error)}); restore its _delta_log"
+            f"table {table} at {uri}: its log is damaged ({failures.first_line(error)}); "
+            "restore its _delta_log"
         ) from error
     missing = [name for name in declared.column_names if name not in frame.columns]
     if missing:
@@ -202,7 +203,7 @@ def overwrite(
     except Exception as error:
         written = _rows_committed(frame.sparkSession, uri, mark)
         if written is None:
-            raise write_error(error, table, dates or equals) from error
+            raise failures.write_error(error, table, dates or equals) from error
         return written  # the commit's answer was lost: the log holds our mark
     faults.fire(root_uri, table, "after_commit", day)
     return _rows_committed(frame.sparkSession, uri, mark) or 0
@@ -241,7 +242,7 @@ def take_out(
     except Exception as error:
         changed = _rows_committed(spark, uri, mark, metric)
         if changed is None:
-            raise write_error(error, table, "all of it") from error
+            raise failures.write_error(error, table, "all of it") from error
         return changed  # the commit's answer was lost: the log holds our mark
     finally:
         spark.conf.unset(_USER_METADATA)
@@ -307,20 +308,20 @@ def retried(run: _JobBody) -> _JobBody:
     return repeat
 
 
-def _declared(table: str) -> schemas.Table:
+def _declared(table: str) -> declarations.Table:
     try:
         return schemas.TABLES[table]
     except KeyError as error:
         raise ConfigError(f"unknown table {table!r}; one of {', '.join(sorted(schemas.TABLES))}") from error
 
 
-def _date_column(declared: schemas.Table) -> str:
+def _date_column(declared: declarations.Table) -> str:
     if declared.date_column is None:
         raise ConfigError(f"table {declared.name} has no date column; read it without dates")
     return declared.date_column
 
 
-def predicate(declared: schemas.Table, dates: DateRange | None, equals: dict[str, str]) -> str:
+def predicate(declared: declarations.Table, dates: DateRange | None, equals: dict[str, str]) -> str:
     """The SQL condition that names a range, the one place where it is written.
 
     Raises:
@@ -345,7 +346,7 @@ def _iso(day: date) -> str:
     return day.isoformat()
 
 
-def _conform(frame: DataFrame, declared: schemas.Table) -> DataFrame:
+def _conform(frame: DataFrame, declared: declarations.Table) -> DataFrame:
     expected = struct_type(declared.columns)
     for column, wanted in zip(declared.columns, expected.fields, strict=True):
         if column.name not in frame.columns:
@@ -369,7 +370,7 @@ def _conform(frame: DataFrame, declared: schemas.Table) -> DataFrame:
     return frame.select(*checked)
 
 
-def _check_schema_version(spark: SparkSession, declared: schemas.Table, uri: str) -> None:
+def _check_schema_version(spark: SparkSession, declared: declarations.Table, uri: str) -> None:
     """Refuse a table that older or newer code has laid out.
 
     Off the snapshot that the read has just loaded: ``detail()`` says the same after seconds of Spark jobs.
@@ -390,7 +391,7 @@ def _property(spark: SparkSession, uri: str, name: str) -> str:
     return str(found.get()) if found.isDefined() else "none"
 
 
-def _create_if_absent(spark: SparkSession, declared: schemas.Table, uri: str) -> None:
+def _create_if_absent(spark: SparkSession, declared: declarations.Table, uri: str) -> None:
     if DeltaTable.isDeltaTable(spark, uri):
         _check_schema_version(spark, declared, uri)
         return
@@ -414,7 +415,7 @@ def _create_if_absent(spark: SparkSession, declared: schemas.Table, uri: str) ->
         builder.execute()
     except Exception as error:
         if not DeltaTable.isDeltaTable(spark, uri):  # else another run has created it at the same moment
-            raise write_error(error, declared.name, "creation") from error
+            raise failures.write_error(error, declared.name, "creation") from error
 
 
 def _rows_committed(spark: SparkSession, uri: str, mark: str, metric: str = "numOutputRows") -> int | None:
@@ -428,39 +429,8 @@ def _rows_committed(spark: SparkSession, uri: str, mark: str, metric: str = "num
         )
     except (Py4JJavaError, PySparkException) as error:
         raise InfraError(
-            f"table at {uri}: cannot tell whether the write was committed ({first_line(error)}); run again"
+            f"table at {uri}: cannot tell whether the write was committed ({failures.first_line(error)}); "
+            "run again"
         ) from error
     ours = [row["operationMetrics"] for row in history if row["userMetadata"] == mark]
     return int(ours[0].get(metric, 0)) if ours else None
-
-
-def write_error(error: Exception, table: str, where: object) -> Exception:
-    """What failed in a write, as our error; anything that is a bug comes back as it is."""
-    text = str(error)
-    # Every class of that module is a lost race, and none is a subclass of another.
-    if type(error).__module__ == "delta.exceptions" or "ConcurrentModificationException" in text:
-        return CommitConflictError(
-            f"table {table}, range {where}: another run changed it meanwhile; run again"
-        )
-    null = re.search(r"null in ([a-z_]+\.[a-z_]+)", text)
-    if null:
-        return DataError(
-            f"{null[1]} is null in range {where}, which the table forbids; quarantine such rows first"
-        )
-    if isinstance(error, AnalysisException) and "REPLACE_WHERE_MISMATCH" in text:
-        return DataError(
-            f"table {table}: rows outside range {where} were to be written; filter the input to the range"
-        )
-    if isinstance(error, Py4JJavaError | AnalysisException) or type(error).__module__.startswith("pyspark"):
-        return InfraError(
-            f"table {table}, range {where}: write failed ({first_line(error)}); "
-            "the previous version is intact, run again"
-        )
-    return error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error of Spark, without the trace of its JVM."""
-    cause = getattr(error, "java_exception", None)
-    text = str(cause.getMessage()) if cause is not None else str(error)
-    return text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__

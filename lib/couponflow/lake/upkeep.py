@@ -8,7 +8,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from couponflow.errors import ConfigError, InfraError
-from couponflow.lake import schemas, tables
+from couponflow.lake import failures, schemas, tables
 
 #: Its files are its row groups, which training shares out by rank; the manifest names them.
 LAID_OUT = ("training_examples",)
@@ -67,7 +67,7 @@ def compact(spark: SparkSession, root_uri: str, table: str, partition: dict[str,
     try:
         done = spark.sql(f"OPTIMIZE {_place(root_uri, table)}{where}").select("metrics.*").collect()[0]
     except Exception as error:
-        raise tables.write_error(error, table, partition) from error
+        raise failures.write_error(error, table, partition) from error
     return int(done["numFilesRemoved"]) - int(done["numFilesAdded"])
 
 
@@ -93,7 +93,7 @@ def _vacuum(spark: SparkSession, root_uri: str, table: str, hours: int, mode: st
             rows = spark.sql(f"VACUUM {_place(root_uri, table)} RETAIN {int(hours)} HOURS{mode}").collect()
         except PySparkException as error:
             raise InfraError(
-                f"table {table}: VACUUM failed ({tables.first_line(error)}); check access and run again"
+                f"table {table}: VACUUM failed ({failures.first_line(error)}); check access and run again"
             ) from error
     return sorted(str(row[0]) for row in rows)
 

@@ -138,7 +138,7 @@ def decode(
         cand_item=torch.from_numpy(cand_item),
         cand_category=torch.from_numpy(cand_category),
         cand_shop=torch.from_numpy(cand_shop),
-        wide=torch.from_numpy(_wide(wide)),
+        wide=torch.from_numpy(decode_wide(wide)),
         label=torch.from_numpy(np.zeros(size, np.float32) if label is None else _floats(label)),
         weight=torch.from_numpy(np.ones(size, np.float32) if weight is None else _floats(weight)),
     )
@@ -254,7 +254,12 @@ def _pad(flat: Array, length: Array) -> Array:
     return padded
 
 
-def _wide(values: Sequence[bytes]) -> Array:
+def decode_wide(values: Sequence[bytes]) -> Array:
+    """Packed aggregates as float32 [N,F]; [0,0] without rows.
+
+    Raises:
+        DataError: rows differ in length, or a value is not finite.
+    """
     num_bytes = np.fromiter(map(len, values), np.int64, len(values))
     expected = int(num_bytes[0]) if num_bytes.size else 0
     wrong = np.flatnonzero((num_bytes != expected) | (num_bytes % 4 != 0))

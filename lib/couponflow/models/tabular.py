@@ -48,8 +48,7 @@ class Logistic:
     kind: ClassVar[str] = "logistic"
 
     def __post_init__(self) -> None:
-        for name in ("coef", "mean", "sd"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
+        _hold(self, np.float64, "coef", "mean", "sd")
         shapes = {self.coef.shape, self.mean.shape, self.sd.shape}
         numbers = np.concatenate([self.coef.ravel(), self.mean.ravel(), self.sd.ravel(), [self.intercept]])
         if len(shapes) != 1 or self.coef.ndim != 1 or not np.isfinite(numbers).all():
@@ -146,10 +145,8 @@ class Trees:
     kind: ClassVar[str] = "boosted"
 
     def __post_init__(self) -> None:
-        for name in ("roots", "feature", "left", "right", "missing_left"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), np.int64))
-        for name in ("threshold", "value"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), np.float64))
+        _hold(self, np.int64, "roots", "feature", "left", "right", "missing_left")
+        _hold(self, np.float64, "threshold", "value")
         size = self.feature.size
         names = ("feature", "threshold", "left", "right", "missing_left", "value")
         if {getattr(self, name).shape for name in names} != {(size,)} or self.roots.ndim != 1:
@@ -192,6 +189,12 @@ FORMS: Mapping[str, type[Tabular]] = {form.kind: form for form in (Logistic, Rat
 
 def _wide(batch: Batch) -> Array:
     return np.asarray(batch.wide.cpu().numpy(), np.float64)
+
+
+def _hold(model: object, kind: type[np.generic], *names: str) -> None:
+    """Make arrays of what JSON gave as lists."""
+    for name in names:
+        object.__setattr__(model, name, np.asarray(getattr(model, name), kind))
 
 
 def _check_finite(kind: str, numbers: list[float]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from couponflow.lake import schemas
+from couponflow.lake import declarations, schemas
 
 MAX_TEXT = 10_000  # characters; a longer text is a broken record, not a name
 _PER_SECOND = {"s": 1, "ms": 1_000}
@@ -43,12 +43,12 @@ _ARROW_TYPES: dict[str, pa.DataType] = {
 }
 
 
-def arrow_type(column: schemas.Column) -> pa.DataType:
+def arrow_type(column: declarations.Column) -> pa.DataType:
     """Arrow type of a declared column."""
     return _ARROW_TYPES[column.type]
 
 
-def arrow_schema(columns: tuple[schemas.Column, ...]) -> pa.Schema:
+def arrow_schema(columns: tuple[declarations.Column, ...]) -> pa.Schema:
     """Arrow types of declared columns."""
     return pa.schema([(column.name, arrow_type(column)) for column in columns])
 

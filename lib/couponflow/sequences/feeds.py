@@ -24,7 +24,7 @@ from pyspark.sql import functions as F
 
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import contracts, schemas, storage, tables
+from couponflow.lake import contracts, declarations, schemas, storage, tables
 from couponflow.lake.erased import Erased
 from couponflow.mappings import FeedMapping, FeedsConfig
 from couponflow.sections import EventsConfig
@@ -253,7 +253,7 @@ def with_duplicates(frame: DataFrame, feed: str, key: tuple[str, ...], latest: t
     )
 
 
-def _comparable(column: schemas.Column) -> Column:
+def _comparable(column: declarations.Column) -> Column:
     value = F.col(column.name)  # Spark compares no maps
     return F.array_sort(F.map_entries(value)).alias(column.name) if column.type.startswith("map") else value
 

@@ -23,7 +23,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from couponflow.errors import DataError
-from couponflow.lake import contracts, schemas, storage
+from couponflow.lake import contracts, declarations, storage
 from couponflow.lake.erased import Erased
 from couponflow.mappings import FeedMapping
 from couponflow.sequences.coercion import (
@@ -47,12 +47,12 @@ NOBODY = Erased("")
 
 #: What a record carries besides the feed's own columns.
 ORIGIN = (
-    schemas.Column("ingest_date", "date", "business day of the delivery"),
-    schemas.Column("source_file", "string", "file name inside the feed's day"),
-    schemas.Column("row_number", "bigint", "position in that file, from 0"),
-    schemas.Column("_corrupt", "boolean", "the record or one of its fields could not be read"),
-    schemas.Column("_erased", "boolean", "of an erased person: every other field is null"),
-    schemas.Column("_spread", "int", "tasks over which the delivery of its day is spread"),
+    declarations.Column("ingest_date", "date", "business day of the delivery"),
+    declarations.Column("source_file", "string", "file name inside the feed's day"),
+    declarations.Column("row_number", "bigint", "position in that file, from 0"),
+    declarations.Column("_corrupt", "boolean", "the record or one of its fields could not be read"),
+    declarations.Column("_erased", "boolean", "of an erased person: every other field is null"),
+    declarations.Column("_spread", "int", "tasks over which the delivery of its day is spread"),
 )
 
 
@@ -242,7 +242,7 @@ def _wire_type(kind: pa.DataType, time_unit: str) -> pa.DataType:
 
 
 def _well_formed(
-    content: bytes, declared: tuple[schemas.Column, ...], mapping: FeedMapping
+    content: bytes, declared: tuple[declarations.Column, ...], mapping: FeedMapping
 ) -> pa.Table | None:
     """The fast path: a file in which every line is one object of the declared types, else None."""
     body = arrow_schema(declared)
@@ -275,7 +275,7 @@ def _well_formed(
 
 
 def _record_by_record(
-    kind: str, content: bytes, declared: tuple[schemas.Column, ...], mapping: FeedMapping
+    kind: str, content: bytes, declared: tuple[declarations.Column, ...], mapping: FeedMapping
 ) -> tuple[pa.Table, list[int], list[bool]]:
     """The patient path: a bad record is flagged, and the others of its file are kept."""
     body = arrow_schema(declared)
@@ -363,7 +363,7 @@ def _without_blank_rows(table: pa.Table) -> tuple[pa.Table, list[int] | None]:
 
 
 def _from_parquet(
-    table: pa.Table, declared: tuple[schemas.Column, ...], mapping: FeedMapping
+    table: pa.Table, declared: tuple[declarations.Column, ...], mapping: FeedMapping
 ) -> tuple[pa.Table, Any]:
     """The declared columns in their declared types (an absent one is null), and which rows are corrupt."""
     columns, corrupt = [], None

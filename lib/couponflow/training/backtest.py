@@ -35,7 +35,7 @@ def run(config: Config, dataset: feed.Dataset) -> dict[str, Any]:
     if not dataset.folds:
         return {}
     rows = feed.read_dated(dataset)
-    wide = np.concatenate([batch.wide.numpy() for batch in feed.batches(rows)])
+    wide = feed.aggregates(rows)
     label = np.array([row.label for row in rows])
     user = np.array([row.user_id for row in rows])
     found, tested, scored = [], [], []

@@ -8,6 +8,7 @@ its latest campaign whose labels were all final by then, and by nothing newer.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,7 +72,12 @@ def fit(
 
 def instant(config: Config, name: str) -> int:
     """Start of a business day of section ``examples``, as UTC microseconds since 1970."""
-    return round(day_start(getattr(config.examples, name), config.lake.time_zone).timestamp()) * 1_000_000
+    return day_micros(config, getattr(config.examples, name))
+
+
+def day_micros(config: Config, day: date) -> int:
+    """Start of a business day, as UTC microseconds since 1970."""
+    return round(day_start(day, config.lake.time_zone).timestamp()) * 1_000_000
 
 
 def latest_matured(rows: Sequence[feed.Example], known_by: int) -> dict[str, Prior]:
@@ -133,13 +139,12 @@ def row_types(rows: Sequence[feed.Example]) -> NDArray[Any]:
     from couponflow.lake import layouts
     from couponflow.models import tabular
 
-    try:
-        wide = np.frombuffer(b"".join(row.wide for row in rows), "<f4").reshape(len(rows), -1)
-    except ValueError as error:
-        raise DataError("aggregates of unequal length; run build_examples again") from error
-    if rows and wide.shape[1] != len(layouts.WIDE_FEATURES):
+    if not rows:
+        return np.zeros(0, "U1")
+    wide = feed.aggregates(rows)
+    if wide.shape[1] != len(layouts.WIDE_FEATURES):
         raise DataError(f"{wide.shape[1]} aggregates, expected {len(layouts.WIDE_FEATURES)}; rebuild them")
-    return np.asarray(tabular.campaign_types(wide)) if rows else np.zeros(0, "U1")
+    return np.asarray(tabular.campaign_types(wide))
 
 
 def described(

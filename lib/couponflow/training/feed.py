@@ -397,6 +397,13 @@ def decode(rows: Sequence[Example]) -> "Batch":
     )
 
 
+def aggregates(rows: Sequence[Example]) -> NDArray[Any]:
+    """The wide part of the rows, float32 [N,F] in the order of the manifest's ``wide_features``."""
+    from couponflow.models import batch
+
+    return batch.decode_wide([row.wide for row in rows])
+
+
 def batches(rows: Sequence[Example], size: int = 1024) -> Iterator["Batch"]:
     """The rows in order, ``size`` at a time."""
     for start in range(0, len(rows), size):

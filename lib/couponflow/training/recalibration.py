@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from couponflow.config import Config
-from couponflow.dates import DateRange, day_start
+from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, DataError
 from couponflow.training import baselines, calibrators, feed, fitting, metrics, registry
 from couponflow.training.metrics import Floats
@@ -88,7 +88,7 @@ def matured_rows(
     fitted_on = bundle.metrics.get("fitted_on") or {}
     if not {"from", "final_by"} <= set(fitted_on):
         raise ConfigError(f"model {parent} does not say which rows trained it; train it again")
-    start, end = (_micros(config, day) for day in (dates.start, dates.end))
+    start, end = (calibrators.day_micros(config, day) for day in (dates.start, dates.end))
     found = [row for row in every if start <= row.as_of < end]
     trained = [
         row for row in found if fitted_on["from"] <= row.as_of and row.mature_time <= fitted_on["final_by"]
@@ -98,7 +98,7 @@ def matured_rows(
             f"--dates {dates}: model {parent} was fitted on {len(trained)} of {len(found)} rows; name days "
             "after those of its training"
         )
-    known_by = _micros(config, config.run.run_date)
+    known_by = calibrators.day_micros(config, config.run.run_date)
     rows = [row for row in found if row.mature_time <= known_by]
     if not rows:
         raise DataError(
@@ -148,7 +148,7 @@ def _shifts(
         return {}
     final_by = bundle.metrics["fitted_on"]["final_by"]
     rows = [row for row in every if row.mature_time > final_by]  # training rows may be a sample
-    known_by = _micros(config, config.run.run_date)
+    known_by = calibrators.day_micros(config, config.run.run_date)
     return calibrators.prior_shifts(types, label, calibrators.latest_matured(rows, known_by))
 
 
@@ -187,7 +187,3 @@ def _origin(config: Config, parent: str, dates: DateRange, rows: list[feed.Examp
         "positives": int(sum(row.label for row in rows)),
         "known_by": str(config.run.run_date),
     }
-
-
-def _micros(config: Config, day: Any) -> int:
-    return round(day_start(day, config.lake.time_zone).timestamp()) * 1_000_000

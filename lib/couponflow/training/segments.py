@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from couponflow.lake import layouts
-from couponflow.training import metrics
+from couponflow.training import feed, metrics
 from couponflow.training.feed import Example
 
 #: A user is new for so many days after the first event that is known.
@@ -21,7 +21,7 @@ MIN_ROWS = 50
 NUM_DECILES = 10
 LEFT_OUT = {"device": "not stored in the examples"}
 _ACTIVITY = tuple(f"num_{name}_91_days" for name in ("lines", *layouts.BROWSING))
-_TYPES = {"is_type_a": "Type A", "is_type_b": "Type B", "is_type_c": "Type C"}
+_TITLES = {"type_a": "Type A", "type_b": "Type B", "type_c": "Type C"}
 
 
 def assign(rows: Sequence[Example]) -> dict[str, NDArray[Any]]:
@@ -32,20 +32,20 @@ def assign(rows: Sequence[Example]) -> dict[str, NDArray[Any]]:
     are several or none. ``activity``: decile of lines and browsing in the last 91 days, users of equal
     activity together, 10 the most active.
     """
-    wide = np.frombuffer(b"".join(row.wide for row in rows), "<f4").astype(np.float64)
-    wide = wide.reshape(len(rows), len(layouts.WIDE_FEATURES))
+    from couponflow.models import tabular
+
+    wide = feed.aggregates(rows).astype(np.float64)
 
     def column(name: str) -> NDArray[np.float64]:
         return np.asarray(wide[:, layouts.WIDE_FEATURES.index(name)])
 
     is_new = np.expm1(column("tenure_days")) <= NEW_DAYS + 0.5  # stored as log1p in float32
-    campaign_type = np.full(len(rows), "other", dtype="U8")
-    for name, text in _TYPES.items():
-        campaign_type[column(name) > 0.5] = text
     activity = np.sum([np.expm1(column(name)) for name in _ACTIVITY], axis=0)
     return {
         "user": np.where(is_new, "new", "returning"),
-        "campaign_type": campaign_type,
+        "campaign_type": np.array(
+            [_TITLES.get(name, name) for name in tabular.campaign_types(wide).tolist()]
+        ),
         "category": np.array([_category(row.target) for row in rows], dtype="U32"),
         "activity": deciles(np.rint(activity)),
     }

@@ -103,20 +103,18 @@ def fit(
         if not workers.rank:
             store.save(*where, tree, lambda: report("checkpoint", *where))
 
+    def step(batch: Batch) -> tuple[float, ...]:
+        half = config.gradient_compression == "fp16"
+        sums = backward(network, batch, auxiliary_weight, workers, locate, half, regulariser)
+        nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+        rate = learning_rate(config, workers.size, progress.steps + 1, progress.rate_scale)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.step()
+        return sums
+
     while not _is_over(progress, config):
-        num_rows = _train_epoch(
-            network,
-            train,
-            optimiser,
-            config,
-            auxiliary_weight,
-            workers,
-            progress,
-            save,
-            report,
-            locate,
-            regulariser,
-        )
+        num_rows = _train_epoch(network, train, config, workers, progress, step, save, report)
         report("validate", progress.epoch, 0)
         logit, label = score(network, valid(), workers, lambda: report("validate", progress.epoch, 0))
         _end_epoch(network, config, workers, progress, (logit, label, valid_shift), num_rows)
@@ -339,17 +337,17 @@ def _norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 def _train_epoch(
     network: nn.Module,
     train: Callable[[int], Iterable[Batch]],
-    optimiser: torch.optim.Optimizer,
     config: TrainingConfig,
-    auxiliary_weight: float,
     workers: Workers,
     progress: Progress,
+    step: Callable[[Batch], tuple[float, ...]],
     save: Callable[[], None],
     report: Report,
-    locate: Locate,
-    regulariser: Callable[[Batch], Tensor] | None,
 ) -> int:
-    """What is left of an epoch, running statistics shared at its end; returns its rows of all ranks."""
+    """What is left of an epoch, running statistics shared at its end; returns its rows of all ranks.
+
+    ``step`` trains on one batch, of which it returns what ``backward`` does.
+    """
     network.train()
     report("load", progress.epoch, progress.step)
     batches = iter(train(progress.epoch))
@@ -357,16 +355,8 @@ def _train_epoch(
         report("load", progress.epoch, progress.step)
     for batch in batches:
         report("step", progress.epoch, progress.step + 1)
-        half = config.gradient_compression == "fp16"
-        *totals, own_sum, own_weight = backward(
-            network, batch, auxiliary_weight, workers, locate, half, regulariser
-        )
-        nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+        *totals, own_sum, own_weight = step(batch)
         progress.step, progress.steps = progress.step + 1, progress.steps + 1
-        rate = learning_rate(config, workers.size, progress.steps, progress.rate_scale)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.step()
         progress.totals += totals
         progress.own += (own_sum, own_weight, batch.size)
         if config.checkpoint_steps and progress.step % config.checkpoint_steps == 0:

@@ -25,7 +25,10 @@ _LOOK_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Beat:
-    """Where a rank is: what it was last about to do, and how many exchanges it has entered."""
+    """Where a rank is: what it was last about to do, and how many exchanges it has entered.
+
+    ``number`` counts the beats, so that no two of a rank are equal.
+    """
 
     rank: int
     phase: str
@@ -33,7 +36,7 @@ class Beat:
     step: int = 0
     exchanges: int = 0
     process: int = 0
-    time: float = 0.0
+    number: int = 0
 
     def __str__(self) -> str:
         where = f"at epoch {self.epoch}, step {self.step}" if self.epoch else "before the first epoch"
@@ -72,7 +75,8 @@ class Pulse:
         self._write()
 
     def _write(self) -> None:
-        record = json.dumps(asdict(replace(self._beat, time=time.time())))
+        self._beat = replace(self._beat, number=self._beat.number + 1)
+        record = json.dumps(asdict(self._beat))
         os.pwrite(self._file, record.ljust(_RECORD_BYTES).encode(), 0)
 
 
