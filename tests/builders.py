@@ -72,8 +72,8 @@ def make_event(user_id: str = "u1", minute: float = 0, **over: Any) -> dict[str,
 
 def make_frame(spark: Any, table: str, rows: list[dict[str, Any]]) -> Any:
     """A DataFrame of a declared table."""
-    from couponflow.lake import tables
+    from couponflow.lake import literals, tables
 
     declared = schemas.TABLES[table]
     data = [tuple(row[name] for name in declared.column_names) for row in rows]
-    return spark.createDataFrame(data, tables.struct_type(declared.columns))
+    return literals.frame(spark, data, tables.struct_type(declared.columns))

@@ -22,6 +22,9 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     from couponflow.sections import SparkConfig
 
     session = tables.spark_session(SparkConfig(driver_memory="4g"), "tests")
+    # Small data and hundreds of plans: to compile each of them would take longer than to interpret it.
+    session.conf.set("spark.sql.codegen.wholeStage", "false")
+    session.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
     yield session
     session.stop()
 

@@ -12,6 +12,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from couponflow.dates import day_start
+from couponflow.lake import literals
 from couponflow.lake.layouts import WIDE_FEATURES, WINDOWS
 from couponflow.sequences import aggregates
 
@@ -263,8 +264,8 @@ def test_aggregates_equal_the_oracle_and_stand_alone(spark: SparkSession) -> Non
         keys += [(case, f"{case}c{n}", FIRST + timedelta(days=offsets[0])) for n in range(3)]
     keys = sorted(set(keys))
     rows = [(f"{case}u", campaign, day_start(day, ZONE), day) for case, campaign, day in keys]
-    population = spark.createDataFrame(
-        rows, "user_id string, campaign_id string, as_of timestamp, as_of_date date"
+    population = literals.frame(
+        spark, rows, "user_id string, campaign_id string, as_of timestamp, as_of_date date"
     )
     events = frames["events"].withColumn("known_date", aggregates.known_date(ZONE))
     others = tuple(frames[name] for name in TABLES[1:])

@@ -22,7 +22,18 @@ from couponflow.config import Config, load_config
 from couponflow.dates import DateRange
 from couponflow.entry import record_run, today
 from couponflow.errors import ConfigError, ConflictError, DataError
-from couponflow.lake import contracts, erased, erasure, layouts, runs, schemas, storage, tables, upkeep
+from couponflow.lake import (
+    contracts,
+    erased,
+    erasure,
+    layouts,
+    literals,
+    runs,
+    schemas,
+    storage,
+    tables,
+    upkeep,
+)
 from couponflow.sequences import datasets, feeds, records
 from couponflow.training import feed
 
@@ -243,7 +254,7 @@ def test_every_table_with_a_user_column_is_reached(world: World) -> None:
 def test_spark_and_python_hash_ids_alike(world: World) -> None:
     listed = erased.Erased("").with_ids(["a"])
     ids = ["", "a", "ü", "visitor:x", "x" * 200]
-    frame = world.spark.createDataFrame([(i,) for i in ids], "user_id string")
+    frame = literals.frame(world.spark, [(i,) for i in ids], "user_id string")
     found = [row[0] for row in frame.select(erasure.hash_column(listed, F.col("user_id"))).collect()]
     assert found == [listed.hash_of(i) for i in ids]
     assert [row.user_id for row in erasure.people(frame.union(frame), listed).collect()] == ["a"]
@@ -414,7 +425,7 @@ def test_a_table_with_deletion_vectors_is_refused(spark: SparkSession, root_uri:
     tables.overwrite(make_frame(spark, "orders", [row]), root_uri, "orders", DateRange.day(D0))
     place = f"delta.`{tables.table_uri(root_uri, 'orders')}`"
     spark.sql(f"ALTER TABLE {place} SET TBLPROPERTIES ('delta.enableDeletionVectors' = 'true')")
-    keys = spark.createDataFrame([("u-1",)], "user_id string")
+    keys = literals.frame(spark, [("u-1",)], "user_id string")
     with pytest.raises(DataError, match=r"expected delta\.enableDeletionVectors = false"):
         tables.take_out(keys, root_uri, "orders")
 

@@ -15,7 +15,7 @@ from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.entry import Run
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import runs, tables
+from couponflow.lake import literals, runs, tables
 from couponflow.sections import VocabularyConfig
 from couponflow.sequences import datasets, examples, labels, vocabulary
 from couponflow.training import feed
@@ -230,7 +230,7 @@ def test_rows_lie_in_hash_order_in_files_of_one_split(
         ]
         rows += [(split, value, f"{split}{n}") for n, value in enumerate(hashes)]
     rng.shuffle(rows)
-    frame = spark.createDataFrame(rows, "split string, row_hash bigint, example_id string")
+    frame = literals.frame(spark, rows, "split string, row_hash bigint, example_id string")
     placed, num_files, largest = datasets.place_in_files(frame, sizes, num_ranks=4)
     written = placed.repartition(num_files, "file_key").withColumn("file", F.spark_partition_id()).collect()
     files: dict[int, list[tuple[str, int, str]]] = {}

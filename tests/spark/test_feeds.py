@@ -14,7 +14,7 @@ from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
 from couponflow.errors import DataError
-from couponflow.lake import contracts, erased, tables
+from couponflow.lake import contracts, erased, literals, tables
 from couponflow.sections import EventsConfig
 from couponflow.sequences import events, feeds, records
 from jobs import clean_feeds
@@ -186,7 +186,7 @@ def test_the_example_of_each_feed_is_a_valid_row(spark: SparkSession, root_uri: 
 
 def test_cleaning_can_give_no_reason_outside_the_contract(spark: SparkSession) -> None:
     columns = (*contracts.FEEDS["costs"].columns, *records.ORIGIN)
-    raw = spark.createDataFrame([], tables.struct_type(columns))
+    raw = literals.frame(spark, [], tables.struct_type(columns))
     given = dict.fromkeys(contracts.FEEDS["costs"].reasons, F.lit(False))
     assert feeds.REFUSAL in feeds.with_refusal(raw, "costs", given).columns
     for wrong in (given | {"new_reason": F.lit(True)}, dict(list(given.items())[1:])):

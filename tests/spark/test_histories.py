@@ -12,7 +12,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from couponflow.errors import ConfigError
-from couponflow.lake import tables
+from couponflow.lake import literals, tables
 from couponflow.lake.layouts import HISTORY_FIELDS
 from couponflow.sequences import histories
 
@@ -57,7 +57,7 @@ def oracle(events: list[dict[str, Any]], as_of: datetime, length: int) -> list[t
 
 def population(spark: SparkSession, keys: list[Key]) -> DataFrame:
     rows = [(user, as_of, D0) for user, as_of in keys]
-    return spark.createDataFrame(rows, "user_id string, as_of timestamp, as_of_date date")
+    return literals.frame(spark, rows, "user_id string, as_of timestamp, as_of_date date")
 
 
 def random_case(rng: random.Random, user: str) -> tuple[list[dict[str, Any]], list[datetime]]:

@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 
 from couponflow.config import Config
 from couponflow.dates import day_start
+from couponflow.lake import literals
 from couponflow.sections import ExamplesConfig
 from couponflow.sequences import datasets, labels
 
@@ -49,7 +50,7 @@ def test_splits_at_every_border(spark: SparkSession, config: Config) -> None:
         (days(60), complete, "test"),
         (days(60), complete + second, "censored"),
     ]
-    frame = spark.createDataFrame(cases, "as_of_date date, mature_time timestamp, expected string")
+    frame = literals.frame(spark, cases, "as_of_date date, mature_time timestamp, expected string")
     rows = frame.withColumn("split", labels.split_of(chosen, zone, complete)).collect()
     assert [row["split"] for row in rows] == [expected for _, _, expected in cases]
 
@@ -119,7 +120,7 @@ def test_sampling_takes_training_negatives_only_and_equals_an_oracle(spark: Spar
     rng = random.Random(3)
     splits = [*labels.SPLITS, "censored", "no_history"]
     rows = [(f"c:ü{n}:{'x' * (n % 40)}", rng.choice(splits), int(rng.random() < 0.3)) for n in range(3000)]
-    frame = spark.createDataFrame(rows, "example_id string, split string, label int")
+    frame = literals.frame(spark, rows, "example_id string, split string, label int")
     found = {share: sampled(frame, share) for share in (1.0, 0.5, 0.25, 0.001)}
     salt = xxhash64("negative_share 0") % 2**64
     for share, by_id in found.items():
@@ -157,7 +158,7 @@ def test_folds_are_purged_and_counted_as_an_oracle_counts_them(spark: SparkSessi
         as_of = day_start(days(rng.randrange(120)), zone)
         mature = as_of + timedelta(days=rng.randint(1, 40), seconds=rng.choice([0, 0, 1]))
         rows.append((as_of, mature, int(rng.random() < 0.2)))
-    frame = spark.createDataFrame(rows, "as_of timestamp, mature_time timestamp, label int")
+    frame = literals.frame(spark, rows, "as_of timestamp, mature_time timestamp, label int")
     cutoffs = (days(-5), days(20), days(50), days(90), days(119), days(130))
     found = datasets.count_folds(frame, cutoffs, zone)
     starts = [day_start(day, zone) for day in cutoffs]

@@ -13,7 +13,7 @@ from test_histories import encoded, event, population, random_case, unpacked
 
 from couponflow.config import Config
 from couponflow.dates import DateRange
-from couponflow.lake import runs, tables
+from couponflow.lake import literals, runs, tables
 from couponflow.sequences import examples, histories, merging
 from couponflow.sequences.merging import State
 
@@ -94,7 +94,7 @@ class World:
         self.deliver(*range(5))
         terms = [("v1", f, f"{f[0]}{n}", n + 2, 1) for f in ("item", "category", "shop") for n in range(5)]
         names = "version string, field string, value string, index int, num_events bigint"
-        self.terms = spark.createDataFrame(terms, names)
+        self.terms = literals.frame(spark, terms, names)
 
     def deliver(self, *numbers: int) -> None:
         """Write the events of some ingest days."""

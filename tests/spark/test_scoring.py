@@ -16,7 +16,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from couponflow.campaign import scoring
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import layouts, schemas, storage
+from couponflow.lake import layouts, literals, schemas, storage
 from couponflow.modelling import ModelConfig
 from couponflow.models import tabular
 from couponflow.models.batch import RANDOM_SIZES, decode
@@ -100,7 +100,7 @@ def test_spark_scores_equal_direct_scores(spark: SparkSession, bundle: Bundle, f
     users = packed_users(150)
     expected = direct(bundle, users, "18")
     assert expected != direct(bundle, users, "17")
-    master = spark.createDataFrame([(u["user_id"],) for u in users], "user_id string")
+    master = literals.frame(spark, [(u["user_id"],) for u in users], "user_id string")
     total_loads = 0
     for partitions in (1, 5):
         examples = examples_frame(spark, users).repartition(partitions)
@@ -179,7 +179,7 @@ def test_a_bundle_is_checked_and_kept(bundle: Bundle, folder: Path, tmp_path: Pa
 
 def test_other_vocabulary_or_malformed_examples_stop(spark: SparkSession, folder: Path) -> None:
     users = packed_users(6)
-    master = spark.createDataFrame([(u["user_id"],) for u in users], "user_id string")
+    master = literals.frame(spark, [(u["user_id"],) for u in users], "user_id string")
 
     def attempt(examples: DataFrame) -> None:
         with scoring.scored(examples, master, folder, "18", D0, SECTION):
@@ -198,7 +198,7 @@ def test_other_vocabulary_or_malformed_examples_stop(spark: SparkSession, folder
 
 
 def test_gates_before_publishing(spark: SparkSession) -> None:
-    master = spark.createDataFrame([(f"u{n}",) for n in range(3)], "user_id string").coalesce(1)
+    master = literals.frame(spark, [(f"u{n}",) for n in range(3)], "user_id string").coalesce(1)
     good = {"u0": 0.1, "u1": 0.2, "u2": 0.0}
 
     def check(rows: list[tuple[str, float | None]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
 from couponflow.errors import ConfigError, ConflictError, DataError
-from couponflow.lake import storage, tables
+from couponflow.lake import literals, storage, tables
 from couponflow.sections import SelectionConfig
 from jobs import export_audience, select_audience
 
@@ -83,7 +83,7 @@ def frame_of(spark: SparkSession, users: list[User]) -> DataFrame:
             T.StructField("score", T.DoubleType()),
         ]
     )
-    return spark.createDataFrame([(*user, score_of(user[0])) for user in users], schema)
+    return literals.frame(spark, [(*user, score_of(user[0])) for user in users], schema)
 
 
 BASE = {"control_share": 0.2, "holdout_share": 0.1, "mail_cost_amount": 0.05, "margin_amount": 4.0}
@@ -154,7 +154,7 @@ def test_the_choice_equals_the_oracle(spark: SparkSession) -> None:
 
 def test_hashes_are_equal_in_spark_and_python(spark: SparkSession) -> None:
     names = [f"u{n}" for n in range(2000)] + ["", "ü|x", "日本", "a:b"]
-    frame = spark.createDataFrame([(name,) for name in names], "user_id string")
+    frame = literals.frame(spark, [(name,) for name in names], "user_id string")
     user = frame["user_id"]
     rows = frame.select(
         user,
@@ -277,7 +277,7 @@ def test_selection_and_hand_over_are_done_once(spark: SparkSession, config: Conf
 
 
 def test_a_user_with_two_ranks_is_refused(spark: SparkSession) -> None:
-    consent = spark.createDataFrame([("u1", None), ("u2", None)], "user_id string, consent_reason string")
+    consent = literals.frame(spark, [("u1", None), ("u2", None)], "user_id string, consent_reason string")
     base = {"campaign_id": "18", "version": "v"}
     audience = [
         make_row("audience", user_id=f"u{n}", rank=rank, **base) for rank, n in enumerate((1, 2, 1), 1)
@@ -290,7 +290,7 @@ def test_a_user_with_two_ranks_is_refused(spark: SparkSession) -> None:
 
 
 def test_a_list_that_the_ledger_does_not_mail_is_refused(spark: SparkSession) -> None:
-    consent = spark.createDataFrame([("u1", None), ("u2", None)], "user_id string, consent_reason string")
+    consent = literals.frame(spark, [("u1", None), ("u2", None)], "user_id string, consent_reason string")
     base = {"campaign_id": "18", "version": "v"}
     audience = make_frame(
         spark, "audience", [make_row("audience", user_id=f"u{n}", rank=n, **base) for n in (1, 2)]

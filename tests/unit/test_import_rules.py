@@ -59,6 +59,7 @@ AT_TOP = {
     "upkeep": {"typer"},
     "model_commands": {"typer"},
     "lake.tables": {"pyspark", "delta", "py4j"},
+    "lake.literals": {"pyspark"},
     "lake.failures": {"pyspark", "py4j"},
     "lake.erasure": {"pyspark", "py4j"},
     "lake.upkeep": {"pyspark"},

@@ -15,7 +15,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from couponflow.errors import DataError
-from couponflow.lake import failures, schemas, storage, tables
+from couponflow.lake import failures, literals, schemas, storage, tables
 from couponflow.lake.erased import TOMBSTONE, Erased
 
 LEDGER = "assignments"
@@ -41,7 +41,7 @@ def hash_column(erased: Erased, user_id: Column) -> Column:
 
 def people(frame: DataFrame, erased: Erased) -> DataFrame:
     """Ids of erased people that stand in ``user_id`` of a frame, each once. Cost: one shuffle of the ids."""
-    hashes = frame.sparkSession.createDataFrame([(text,) for text in sorted(erased.hashes)], "hash string")
+    hashes = literals.frame(frame.sparkSession, [(text,) for text in sorted(erased.hashes)], "hash string")
     ids = frame.select("user_id").distinct()
     same = hash_column(erased, F.col("user_id")) == F.col("hash")
     return ids.join(F.broadcast(hashes), same, "left_semi")
@@ -95,7 +95,7 @@ def take_out_refused(
         return 0
     names = ("feed", "ingest_date", "source_file", "row_number")
     columns = tuple(c for c in schemas.TABLES["quarantine"].columns if c.name in names)
-    keys = spark.createDataFrame(positions, tables.struct_type(columns))
+    keys = literals.frame(spark, positions, tables.struct_type(columns))
     return tables.take_out(keys, root_uri, "quarantine", run_id)
 
 

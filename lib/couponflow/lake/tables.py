@@ -28,7 +28,7 @@ from pyspark.sql import types as T
 
 from couponflow.dates import DateRange
 from couponflow.errors import CommitConflictError, ConfigError, ConflictError, DataError, InfraError
-from couponflow.lake import declarations, failures, faults, schemas, storage
+from couponflow.lake import declarations, failures, faults, literals, schemas, storage
 from couponflow.sections import SparkConfig
 
 log = logging.getLogger("couponflow")
@@ -150,7 +150,7 @@ def stand_ins(frames: Mapping[str, DataFrame]) -> Iterator[None]:
 def read_or_empty(spark: SparkSession, root_uri: str, table: str) -> DataFrame:
     """Read all rows of a table that may not exist yet, such as the ledger before the first campaign."""
     if table not in _STAND_INS.get() and not exists(spark, root_uri, table):
-        return spark.createDataFrame([], struct_type(_declared(table).columns))
+        return literals.frame(spark, [], struct_type(_declared(table).columns))
     return read(spark, root_uri, table)
 
 

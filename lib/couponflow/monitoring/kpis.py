@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from couponflow.dates import DateRange
-from couponflow.lake import runs, schemas, tables
+from couponflow.lake import literals, runs, schemas, tables
 
 DAILY, PER_RUN, ON_CHANGE = "daily", "per run", "on change"
 
@@ -194,7 +194,7 @@ def verdict_rows(spark: SparkSession, verdicts: Iterable[Verdict]) -> DataFrame:
     """Rows of table ``verdicts``."""
     declared = schemas.TABLES["verdicts"]
     rows = [tuple(getattr(verdict, name) for name in declared.column_names) for verdict in verdicts]
-    return spark.createDataFrame(rows, tables.struct_type(declared.columns))
+    return literals.frame(spark, rows, tables.struct_type(declared.columns))
 
 
 def _last_open(day: date, closed_days: Collection[date]) -> date:

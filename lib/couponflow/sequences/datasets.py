@@ -12,7 +12,7 @@ from pyspark.sql import functions as F
 
 from couponflow.config import Config
 from couponflow.errors import DataError
-from couponflow.lake import layouts, tables
+from couponflow.lake import layouts, literals, tables
 from couponflow.sequences import vocabulary
 from couponflow.sequences.labels import SPLITS, fold_conditions
 
@@ -54,7 +54,7 @@ def place_in_files(rows: DataFrame, splits: dict[str, int], num_ranks: int) -> t
     in_bucket = Window.partitionBy("split", "bucket").orderBy("row_hash", "example_id")
     placed = (
         bucketed.withColumn("position", F.row_number().over(in_bucket) - 1)
-        .join(F.broadcast(spark.createDataFrame(plan, declared)), ["split", "bucket"])
+        .join(F.broadcast(literals.frame(spark, plan, declared)), ["split", "bucket"])
         .withColumn(
             "file",
             (F.col("first_file") + F.expr("(before + position) * split_files div split_rows")).cast("int"),

@@ -22,7 +22,7 @@ from pyspark.sql import functions as F
 from couponflow.config import Config
 from couponflow.dates import MAX_DAYS, DateRange, day_start
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import layouts, schemas, tables
+from couponflow.lake import layouts, literals, schemas, tables
 from couponflow.sequences import conversions, events, examples, feeds, robots
 from couponflow.sequences.planted import Question, facts_before, facts_from_then_on
 
@@ -286,7 +286,7 @@ def _added(frames: Frames, users: DataFrame, facts: Mapping[str, list[dict[str, 
     for table, rows in facts.items():
         frame = frames[table]
         values = [tuple(row.get(name) for name in frame.columns) for row in rows]
-        plain = frame.sparkSession.createDataFrame(values, frame.schema)
+        plain = literals.frame(frame.sparkSession, values, frame.schema)
         if "user_id" in frame.columns:
             each = plain.withColumnRenamed("user_id", "prefix").crossJoin(F.broadcast(users))
             for name in sorted(_KEYS & set(frame.columns)):

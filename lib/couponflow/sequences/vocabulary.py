@@ -19,7 +19,7 @@ from pyspark.sql import functions as F
 
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import layouts, storage, tables
+from couponflow.lake import layouts, literals, storage, tables
 from couponflow.sections import VocabularyConfig
 from couponflow.sequences import events
 
@@ -147,7 +147,7 @@ def _reserved(spark: SparkSession, hash_buckets: int) -> DataFrame:
     ]
     rows += [(BUCKETED, f"{BUCKET_VALUE}{n}>", layouts.FIRST_INDEX + n) for n in range(hash_buckets)]
     rows += [("event_type", name, n) for n, name in enumerate(layouts.EVENT_TYPES, layouts.FIRST_INDEX)]
-    return spark.createDataFrame(rows, "field string, value string, index int")
+    return literals.frame(spark, rows, "field string, value string, index int")
 
 
 def _is_reserved() -> Column:
