@@ -18,6 +18,7 @@ from couponflow.training.evaluation import Comparison, LabelledRows, ScoredModel
 
 GOOD = Comparison("b", "a", 0.03, (0.01, 0.05), 0.01)
 BAD = Comparison("b", "a", 0.03, (0.0, 0.06), 0.01)
+RAIN = {"condition": "weather", "holds": False, "text": "it rains"}
 NUMBERS = {"calibration_ratio": 1.0, "ece": 0.02}
 
 
@@ -26,7 +27,7 @@ def cut(comparison: Comparison | None = GOOD) -> CutOff:
 
 
 def failed(verdict: dict[str, Any]) -> list[str]:
-    return [reason for reason in verdict["reasons"] if reason.startswith("fails: ")]
+    return [reason["text"] for reason in verdict["reasons"] if not reason["holds"]]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,8 @@ def test_each_condition_decides_alone(
     assert verdict["decision"] == ("keep_champion" if word else "promote")
     assert len(failed(verdict)) == bool(word)
     assert word in "".join(failed(verdict))
+    assert [reason["holds"] for reason in verdict["reasons"]][: bool(word)] == [False] * bool(word)
+    json.dumps(verdict, allow_nan=False)
 
 
 @pytest.mark.parametrize("error", [0.02, 0.0], ids=["too few users", "one user"])
@@ -67,9 +70,7 @@ def test_a_difference_that_is_not_testable_promotes_nobody(error: float) -> None
     overall = Comparison("b", "a", 0.05, (0.01, 0.09), error)
     verdict = decisions.judge(overall, [cut(), cut()], NUMBERS, NUMBERS, 0.0)
     assert verdict["decision"] == "keep_champion"
-    assert failed(verdict) == [
-        "fails: all test rows: a difference below the minimum detectable one is no claim"
-    ]
+    assert failed(verdict) == ["all test rows: a difference below the minimum detectable one is no claim"]
 
 
 def test_a_difference_without_an_interval_promotes_nobody() -> None:
@@ -117,8 +118,8 @@ def test_a_twin_is_never_promoted() -> None:
     one = make_model(rows, "logistic", 0.6)
     gate = decide(rows, [one, ScoredModel("twin", "t", one.logit, one.probability)], "logistic")
     assert gate["decision"] == "keep_champion"
-    assert "score every row alike" in gate["reasons"][0]
-    assert decide(rows, [one], "logistic")["reasons"] == ["there is no challenger"]
+    assert "score every row alike" in gate["reasons"][0]["text"]
+    assert failed(decide(rows, [one], "logistic")) == ["there is no challenger"]
 
 
 def test_the_gate_names_the_promoted_challenger_before_a_better_one_that_is_refused() -> None:
@@ -140,7 +141,7 @@ def test_the_gate_names_the_promoted_challenger_before_a_better_one_that_is_refu
     assert sum(part["num_positives"] for part in gate["cutoffs"]) == rows.label.sum()
     gate = decide(rows, models, "strong")
     assert (gate["challenger"], gate["decision"]) == ("wild", "keep_champion")
-    assert any(reason.startswith("fails: expected over observed") for reason in gate["reasons"])
+    assert any(reason.startswith("expected over observed") for reason in failed(gate))
 
 
 def make_record(run_id: str, challenger: str | None = "dien-1") -> dict[str, Any]:
@@ -163,7 +164,7 @@ def make_record(run_id: str, challenger: str | None = "dien-1") -> dict[str, Any
             "champion": "logistic",
             "challenger": "dien" if challenger else None,
             "decision": "keep_champion",
-            "reasons": ["fails: it rains"],
+            "reasons": [RAIN],
             "comparison": GOOD.as_dict(),
             "cutoffs": [cut().as_dict()],
         },
@@ -182,7 +183,7 @@ def test_a_decision_is_kept_with_its_evidence_and_never_changed(tmp_path: Path) 
     assert record["comparison"]["minimum_detectable"] == pytest.approx(0.028016)
     assert record["data"]["training_examples_version"] == 3
     assert record["data"]["num_positives"] == 20
-    assert (record["decision"], record["reasons"]) == ("keep_champion", ["fails: it rains"])
+    assert (record["decision"], record["reasons"]) == ("keep_champion", [RAIN])
     assert decisions.write(root, "evaluate-1", make_record("evaluate-1"), "e.json") == uri
     with pytest.raises(ConflictError, match="evaluate-1"):
         decisions.write(root, "evaluate-1", make_record("evaluate-1", "dien-2"), "e.json")

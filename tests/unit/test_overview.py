@@ -146,7 +146,11 @@ def test_results_with_undefined_metrics_are_shown_with_dashes(config: Config, tm
                 "minimum_detectable": 0.02,
             },
         ],
-        "gate": {"decision": "keep_champion", "challenger": "blend", "reasons": ["fails: it rains"]},
+        "gate": {
+            "decision": "keep_champion",
+            "challenger": "blend",
+            "reasons": [{"holds": False, "text": "it rains"}],
+        },
     }
     uri = str(tmp_path / "e.json")
     storage.create(uri, json.dumps(evaluation).encode(), "r")
@@ -160,6 +164,6 @@ def test_results_with_undefined_metrics_are_shown_with_dashes(config: Config, tm
     differences = shown["Paired differences in AUC"]
     assert differences[1][2:] == ["+0.0100", "[-0.0100, +0.0300]", "0.0200"]
     assert differences[0][2] == models[0][1]
-    assert shown["Gate: keep_champion, challenger blend"] == [["fails: it rains"]]
+    assert shown["Gate: keep_champion, challenger blend"] == [["it rains", "NO"]]
     assert ["control", 1, 4] in shown["Campaign 18: who gets the mail"]
     assert {row[-1] for row in shown["Every row is accounted for"]} == {"yes"}

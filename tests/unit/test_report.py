@@ -203,11 +203,36 @@ def make_evaluation(**changes: Any) -> dict[str, Any]:
             "challenger": "dien",
             "decision": "keep_champion",
             "reasons": [
-                "fails: cut-off 1 of 2 (2017-10-04 to 2017-10-18, 390 rows, 27 positive): "
-                "auc difference -0.0100 [-0.0500, +0.0310], minimum detectable 0.0580",
-                "fails: all test rows: auc difference -0.0050 [-0.0170, +0.0080], minimum detectable 0.0180",
-                "fails: calibration error 0.0470, champion 0.0310, standard error 0.0080",
-                "holds: expected over observed conversions 1.040, allowed 0.9 to 1.1",
+                {
+                    "condition": "cutoff",
+                    "holds": False,
+                    "place": 1,
+                    "num_cutoffs": 2,
+                    "first_day": "2017-10-04",
+                    "last_day": "2017-10-18",
+                    "num_rows": 390,
+                    "num_positives": 27,
+                    "comparison": make_comparison("dien", -0.01, [-0.05, 0.031], False)
+                    | {"minimum_detectable": 0.058},
+                },
+                {
+                    "condition": "all_rows",
+                    "holds": False,
+                    "comparison": make_comparison("dien", -0.005, [-0.017, 0.008], False),
+                },
+                {
+                    "condition": "ece",
+                    "holds": False,
+                    "challenger": 0.047,
+                    "champion": 0.031,
+                    "standard_error": 0.008,
+                },
+                {
+                    "condition": "calibration_ratio",
+                    "holds": True,
+                    "challenger": 1.04,
+                    "allowed": [0.9, 1.1],
+                },
             ],
             "cutoffs": [
                 {
@@ -470,18 +495,18 @@ def test_a_skipped_stage_shows_its_time_and_counts_as_no_work() -> None:
 
 
 def test_the_gate_s_words_are_those_that_the_gate_writes() -> None:
-    """The reasons of the real gate are all understood; another text stays as it is."""
+    """The reasons of the real gate have words; a condition without words keeps its text."""
     found = evaluation.Comparison("dien", "logistic", -0.005, (-0.017, 0.008), 0.0064, 0)
     points = {"calibration_ratio": 1.2, "ece": 0.047}
     cutoffs = [decisions.CutOff("2017-10-04", "2017-10-18", 390, 27, one) for one in (found, None)]
     reasons = decisions.judge(found, cutoffs, points, {"ece": 0.031}, 0.008)["reasons"]
     words = [modelcard.reason(reason)[1] for reason in reasons]
     assert len(words) == 5
-    assert not {reason.partition(": ")[2] for reason in reasons} & set(words)
+    assert not {reason["text"] for reason in reasons} & set(words)
     assert "on test period 1 of 2 (2017-10-04 to 2017-10-18, 390 sends, 27 conversions)" in words[0]
     assert words[1] == "test period 2 of 2 (2017-10-04 to 2017-10-18) shows nothing: all or none converted"
     assert words[0].endswith("difference that would be found there is about 0.018")
-    assert modelcard.reason("fails: it rains") == ("✗", "it rains")
+    assert modelcard.reason({"condition": "weather", "text": "it rains"}) == ("✗", "it rains")
 
 
 def test_segments_say_what_they_cannot_show() -> None:
@@ -533,9 +558,10 @@ def test_the_binding_constraint_is_put_in_words(name: str, price: float | None, 
 
 
 def test_the_gate_without_a_challenger_keeps_the_champion() -> None:
-    gate = {"champion": "logistic", "challenger": None, "decision": "keep_champion", "reasons": ["no rival"]}
+    gate: dict[str, Any] = {"champion": "logistic", "challenger": None, "decision": "keep_champion"}
+    gate["reasons"] = [{"condition": "no_rival", "holds": False, "text": "no rival"}]
     text = _Page(report.render(make_inputs(evaluation=make_evaluation(gate=gate, comparisons=[])))).text
-    assert "The gate keeps Logistic regression. no rival" in text
+    assert "The gate keeps Logistic regression. ✗ Fails: no rival" in text
     promoted = gate | {"challenger": "blend", "decision": "promote"}
     scored = make_selection(model_version=BLEND)
     inputs = make_inputs(evaluation=make_evaluation(gate=promoted), selection=scored, score={"kind": "blend"})
@@ -549,7 +575,7 @@ def test_values_are_escaped_in_text_and_charts() -> None:
     evil = '<script>alert(1)</script>"&'
     selection = make_selection()
     selection["waterfall"][1]["label"] = evil
-    evaluation = make_evaluation(gate={"champion": evil, "challenger": "dien", "reasons": [evil]})
+    evaluation = make_evaluation(gate={"champion": evil, "challenger": "dien", "reasons": [{"text": evil}]})
     evaluation["models"][evil] = make_model(evil, 0.8, 0.03, 3.0)
     html = report.render(
         make_inputs(selection=selection, evaluation=evaluation, data_note=evil, run_id=evil, currency="<b>")

@@ -4,8 +4,7 @@ A row of ``model_rows`` is what templates and charts know of a model; the other 
 """
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from couponflow.campaign import charts, formats
@@ -20,14 +19,6 @@ KINDS = {  # label, what it is, colour class, dash pattern
     "dien": ("DIEN", "sequences and aggregates", "c1", ""),
     "blend": ("Blend", "of DIEN and logistic regression", "c3", "2 4"),
 }
-#: The conditions of the gate, as ``decisions.judge`` writes them.
-_DIFFERENCE = re.compile(
-    r"(?:cut-off (\d+) of (\d+) \((\S+) to (\S+), (\d+) rows, (\d+) positive\)|all test rows): "
-    r"(\w+) difference (\S+) \[(\S+), (\S+)\], minimum detectable (\S+)"
-)
-_ONE_CLASS = re.compile(r"cut-off (\d+) of (\d+) \((\S+) to (\S+), .*\): one class only, no verdict")
-_RATIO = re.compile(r"expected over observed conversions (\S+), allowed (\S+) to (\S+)")
-_ERROR = re.compile(r"calibration error (\S+), champion (\S+), standard error (\S+)")
 LOWER_IS_BETTER = {"log_loss", "normalised_entropy", "ece", "brier"}
 METRICS = {
     "auc": "AUC",
@@ -128,7 +119,7 @@ def gate(evaluation: Facts, models: Sequence[Facts]) -> dict[str, Any] | None:
         "is_promoted": is_promoted,
         "choice": choice["label"],
         "other": other["label"] if found.get("challenger") else "",
-        "reasons": [reason(text) for text in found.get("reasons") or []],
+        "reasons": [reason(record) for record in found.get("reasons") or []],
         "cutoffs": [_cut_off(row) for row in found.get("cutoffs") or []],
         "metric": METRICS.get(tested.get("metric", ""), tested.get("metric", "")),
         "detectable": tested.get("minimum_detectable"),
@@ -147,44 +138,58 @@ def _cut_off(row: Facts) -> dict[str, Any]:
     }
 
 
-def reason(text: str) -> tuple[str, str]:
-    """Mark and plain words of a gate's reason, which starts with ``holds:`` or ``fails:``."""
-    state, _, rest = str(text).partition(": ")
-    marks = {"holds": "✓", "fails": "✗"}
-    return (marks[state], _in_words(rest)) if state in marks else ("", str(text))
+def reason(record: Facts) -> tuple[str, str]:
+    """Mark and plain words of a condition of the gate; one without words of its own keeps its text."""
+    words = _WORDS.get(record.get("condition", ""), _text)
+    return "✓" if record.get("holds") else "✗", words(record)
 
 
-def _in_words(condition: str) -> str:
-    """What a condition of the gate means; one of another form stays as it is written."""
-    found = _DIFFERENCE.fullmatch(condition)
-    if found:
-        place, cutoffs, first, last, rows, positives, metric, *numbers = found.groups()
-        difference, low, high = (formats.decimal(float(n), is_signed=True) for n in numbers[:3])
-        where = "on all test sends together"
-        if place:
-            size = f"{formats.number(int(rows))} sends, {formats.number(int(positives))} conversions"
-            where = f"on test period {place} of {cutoffs} ({first} to {last}, {size})"
-        return (
-            f"{METRICS.get(metric, metric)} differs from the champion's by {difference} {where}, with chance "
-            f"between {low} and {high}, where both ends have to be above 0; the smallest difference that "
-            f"would be found there is about {formats.decimal(float(numbers[3]))}"
-        )
-    found = _ONE_CLASS.fullmatch(condition)
-    if found:
-        place, cutoffs, first, last = found.groups()
-        return f"test period {place} of {cutoffs} ({first} to {last}) shows nothing: all or none converted"
-    found = _RATIO.fullmatch(condition)
-    if found:
-        ratio, low, high = found.groups()
-        return f"it predicted {float(ratio):.2f} times the conversions that came; {low} to {high} is allowed"
-    found = _ERROR.fullmatch(condition)
-    if found:
-        own, champion, error = (formats.decimal(float(number), 4) for number in found.groups())
-        return (
-            f"its calibration error is {own}; the champion's {champion} must not be exceeded by more than "
-            f"chance easily does, {error}"
-        )
-    return condition
+def _text(record: Facts) -> str:
+    return str(record.get("text", ""))
+
+
+def _cut_off_in_words(record: Facts) -> str:
+    days = f"{record['first_day']} to {record['last_day']}"
+    period = f"test period {record['place']} of {record['num_cutoffs']}"
+    if record["comparison"] is None:
+        return f"{period} ({days}) shows nothing: all or none converted"
+    sends, positives = (formats.number(record[name]) for name in ("num_rows", "num_positives"))
+    where = f"on {period} ({days}, {sends} sends, {positives} conversions)"
+    return _difference_in_words(record["comparison"], where)
+
+
+def _difference_in_words(compared: Facts, where: str) -> str:
+    numbers = (compared["difference"], *compared["interval"])
+    difference, low, high = (formats.decimal(number, is_signed=True) for number in numbers)
+    return (
+        f"{METRICS.get(compared['metric'], compared['metric'])} differs from the champion's by {difference} "
+        f"{where}, with chance between {low} and {high}, where both ends have to be above 0; the smallest "
+        f"difference that would be found there is about {formats.decimal(compared['minimum_detectable'])}"
+    )
+
+
+def _ratio_in_words(record: Facts) -> str:
+    low, high = record["allowed"]
+    ratio = formats.decimal(record["challenger"], 2)
+    return f"it predicted {ratio} times the conversions that came; {low:g} to {high:g} is allowed"
+
+
+def _error_in_words(record: Facts) -> str:
+    names = ("challenger", "champion", "standard_error")
+    own, champion, error = (formats.decimal(record[name], 4) for name in names)
+    return (
+        f"its calibration error is {own}; the champion's {champion} must not be exceeded by more than "
+        f"chance easily does, {error}"
+    )
+
+
+#: Words for the conditions of the gate, by the names that ``training.decisions`` gives them.
+_WORDS: dict[str, Callable[[Facts], str]] = {
+    "cutoff": _cut_off_in_words,
+    "all_rows": lambda record: _difference_in_words(record["comparison"], "on all test sends together"),
+    "calibration_ratio": _ratio_in_words,
+    "ece": _error_in_words,
+}
 
 
 def comparisons(evaluation: Facts, models: Sequence[Facts]) -> list[dict[str, Any]]:

@@ -138,8 +138,8 @@ def show_results(config: Config, records: Records, show: Show) -> None:
         gate = evaluation.get("gate", {})
         show(
             f"Gate: {gate.get('decision', 'no decision')}, challenger {gate.get('challenger')}",
-            ["condition"],
-            [[reason] for reason in gate.get("reasons", [])],
+            ["condition", "holds"],
+            [[reason["text"], "yes" if reason["holds"] else "NO"] for reason in gate.get("reasons", [])],
         )
     show(
         "Every row is accounted for",

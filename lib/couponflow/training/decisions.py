@@ -7,6 +7,7 @@ its probabilities are as good. Records are objects ``decisions/<run_id>.json``, 
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,8 @@ def judge(
 ) -> dict[str, Any]:
     """Whether a challenger replaces the champion, with a reason for each condition.
 
+    A reason is the condition's name, whether it holds, a text, and the values that the text is about.
+
     ``overall`` compares the two on all rows; ``ece_error`` is the standard error of the difference of their
     calibration errors. Promotion needs: other scores than the champion; at least ``MIN_CUTOFFS`` cut-offs; a
     lower bound of the paired difference above 0 on every one of them and on all rows; a difference on all
@@ -87,31 +90,40 @@ def judge(
     not above the champion's by more than one ``ece_error``: of two models that are calibrated alike each has
     the higher error half of the time, so that a bare comparison would be a coin.
     """
-    failures: list[str] = ["challenger and champion score every row alike"] if is_identical else []
-    passed: list[str] = []
+    reasons: list[dict[str, Any]] = []
 
-    def condition(holds: bool, text: str) -> None:
-        (passed if holds else failures).append(text)
+    def condition(name: str, holds: bool, text: str, **values: Any) -> None:
+        reasons.append({"condition": name, "holds": holds, "text": text, **values})
 
+    if is_identical:
+        condition("identical", False, "challenger and champion score every row alike")
     if len(cutoffs) < MIN_CUTOFFS:
-        failures.append(f"{len(cutoffs)} of {MIN_CUTOFFS} cut-offs: the test rows lie on too few days")
+        text = f"{len(cutoffs)} of {MIN_CUTOFFS} cut-offs: the test rows lie on too few days"
+        condition("num_cutoffs", False, text)
     for place, found in enumerate(cutoffs, start=1):
         where = f"cut-off {place} of {len(cutoffs)} {found.title}"
+        values = {"place": place, "num_cutoffs": len(cutoffs), **found.as_dict()}
         if found.comparison is None:
-            failures.append(f"{where}: one class only, no verdict")
+            condition("cutoff", False, f"{where}: one class only, no verdict", **values)
             continue
-        condition(found.comparison.interval[0] > 0.0, f"{where}: {_difference(found.comparison)}")
-    condition(overall.interval[0] > 0.0, f"all test rows: {_difference(overall)}")
-    if overall.interval[0] > 0.0 and not overall.is_testable:
-        failures.append("all test rows: a difference below the minimum detectable one is no claim")
+        is_better = found.comparison.interval[0] > 0.0
+        condition("cutoff", is_better, f"{where}: {_difference(found.comparison)}", **values)
+    is_better, text = overall.interval[0] > 0.0, f"all test rows: {_difference(overall)}"
+    condition("all_rows", is_better, text, comparison=overall.as_dict())
+    if is_better and not overall.is_testable:
+        text = "all test rows: a difference below the minimum detectable one is no claim"
+        condition("testable", False, text)
     ratio = challenger_metrics["calibration_ratio"]
     text = f"expected over observed conversions {ratio:.3f}, allowed {RATIO_RANGE[0]} to {RATIO_RANGE[1]}"
-    condition(RATIO_RANGE[0] <= ratio <= RATIO_RANGE[1], text)
+    known = ratio if math.isfinite(ratio) else None
+    is_in_range = RATIO_RANGE[0] <= ratio <= RATIO_RANGE[1]
+    condition("calibration_ratio", is_in_range, text, challenger=known, allowed=list(RATIO_RANGE))
     own, other = challenger_metrics["ece"], champion_metrics["ece"]
     text = f"calibration error {own:.4f}, champion {other:.4f}, standard error {ece_error:.4f}"
-    condition(own <= other + ece_error, text)
-    reasons = [f"fails: {reason}" for reason in failures] + [f"holds: {reason}" for reason in passed]
-    return {"decision": KEEP if failures else PROMOTE, "reasons": reasons}
+    values = {"challenger": own, "champion": other, "standard_error": ece_error}
+    condition("ece", own <= other + ece_error, text, **values)
+    reasons.sort(key=lambda reason: bool(reason["holds"]))  # what fails stands first
+    return {"decision": PROMOTE if all(reason["holds"] for reason in reasons) else KEEP, "reasons": reasons}
 
 
 def _difference(found: Comparison) -> str:
@@ -157,7 +169,7 @@ def decide(
         "challenger": None,
         "challenger_version": None,
         "decision": KEEP,
-        "reasons": ["there is no challenger"],
+        "reasons": [{"condition": "no_rival", "holds": False, "text": "there is no challenger"}],
         "comparison": None,
         "cutoffs": [],
     }
