@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import date
-from functools import wraps
+from functools import cache, wraps
 from types import MappingProxyType
 from typing import Any
 
@@ -89,9 +89,14 @@ def struct_type(columns: tuple[declarations.Column, ...]) -> T.StructType:
     """Spark types of declared columns, comments included."""
     fields = []
     for column in columns:
-        kind = T._parse_datatype_string(column.type)
+        kind = _spark_type(column.type)
         fields.append(T.StructField(column.name, kind, True, {"comment": column.comment}))
     return T.StructType(fields)
+
+
+@cache
+def _spark_type(text: str) -> T.DataType:
+    return T._parse_datatype_string(text)  # asks the JVM
 
 
 def table_uri(root_uri: str, table: str) -> str:
