@@ -21,7 +21,7 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     from couponflow.lake import tables
     from couponflow.sections import SparkConfig
 
-    session = tables.spark_session(SparkConfig(driver_memory="4g"), "tests")
+    session = tables.spark_session(SparkConfig(driver_memory="6g"), "tests")
     # Small data and hundreds of plans: to compile each of them would take longer than to interpret it.
     session.conf.set("spark.sql.codegen.wholeStage", "false")
     session.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
