@@ -208,12 +208,7 @@ def make_evaluation(**changes: Any) -> dict[str, Any]:
                     "holds": False,
                     "place": 1,
                     "num_cutoffs": 2,
-                    "first_day": "2017-10-04",
-                    "last_day": "2017-10-18",
-                    "num_rows": 390,
-                    "num_positives": 27,
-                    "comparison": make_comparison("dien", -0.01, [-0.05, 0.031], False)
-                    | {"minimum_detectable": 0.058},
+                    **make_cutoff(),
                 },
                 {
                     "condition": "all_rows",
@@ -235,14 +230,7 @@ def make_evaluation(**changes: Any) -> dict[str, Any]:
                 },
             ],
             "cutoffs": [
-                {
-                    "first_day": "2017-10-04",
-                    "last_day": "2017-10-18",
-                    "num_rows": 390,
-                    "num_positives": 27,
-                    "comparison": make_comparison("dien", -0.01, [-0.05, 0.031], False)
-                    | {"minimum_detectable": 0.058},
-                },
+                make_cutoff(),
                 {
                     "first_day": "2017-10-30",
                     "last_day": "2017-11-15",
@@ -269,6 +257,18 @@ def make_evaluation(**changes: Any) -> dict[str, Any]:
             }
         },
     } | changes
+
+
+def make_cutoff() -> dict[str, Any]:
+    """The first test period; its difference is DIEN's."""
+    compared = make_comparison("dien", -0.01, [-0.05, 0.031], False)
+    return {
+        "first_day": "2017-10-04",
+        "last_day": "2017-10-18",
+        "num_rows": 390,
+        "num_positives": 27,
+        "comparison": compared | {"minimum_detectable": 0.058},
+    }
 
 
 def make_comparison(
