@@ -19,7 +19,7 @@ from couponflow.training import launch
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run argv itself instead of horovodrun."""
-    monkeypatch.setattr(launch, "command", lambda num_ranks, argv, timeout: list(argv))
+    monkeypatch.setattr(launch, "command", lambda num_ranks, argv, *limits: list(argv))
 
 
 def script(text: str) -> list[str]:
@@ -27,10 +27,11 @@ def script(text: str) -> list[str]:
 
 
 def test_command_is_static_gloo_on_localhost() -> None:
-    argv = launch.command(2, ["python", "train.py"], 60)
+    argv = launch.command(2, ["python", "train.py"], 60, 45.5)
     assert Path(argv[0]) == Path(sys.executable).parent / "horovodrun"
-    where = ["-np", "2", "-H", "localhost:2", "--gloo", "--start-timeout", "60"]
-    assert argv[1:] == [*where, "python", "train.py"]
+    where = ["-np", "2", "-H", "localhost:2", "--gloo"]
+    limits = ["--start-timeout", "60", "--gloo-timeout-seconds", "166"]
+    assert argv[1:] == [*where, *limits, "python", "train.py"]
 
 
 def test_too_many_ranks_are_refused() -> None:
@@ -181,7 +182,7 @@ def test_a_job_that_is_told_to_end_takes_its_ranks_along(tmp_path: Path) -> None
     text = (
         "import logging, pathlib, sys; from couponflow.training import launch;"
         "logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stdout);"
-        "launch.command = lambda num_ranks, argv, timeout: list(argv);"
+        "launch.command = lambda num_ranks, argv, *limits: list(argv);"
         f"launch.run(2, {script(rank)!r}, pathlib.Path({str(tmp_path)!r}))"
     )
     with subprocess.Popen(script(text), stdout=subprocess.PIPE, text=True) as job:

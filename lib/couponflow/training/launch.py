@@ -7,6 +7,7 @@ order.
 
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -42,6 +43,8 @@ log = logging.getLogger("couponflow")
 
 #: A rank without a heartbeat for so long is taken for hung; ranks beat at every step.
 STALL_SECONDS = 300.0
+#: Seconds that Horovod waits for a silent peer beyond the watchdog, which sees it and names it.
+_AFTER_WATCH_SECONDS = 60
 _RANKS_PER_CORE = 4
 _KILL_SECONDS = 10.0
 _TICK_SECONDS = 0.5
@@ -157,8 +160,16 @@ def connect(folder: Path | None = None) -> Workers:
     return HorovodWorkers(None if folder is None else Pulse(folder, int(os.environ["HOROVOD_RANK"])))
 
 
-def command(num_ranks: int, argv: Sequence[str], start_timeout_seconds: int = 120) -> list[str]:
+def command(
+    num_ranks: int,
+    argv: Sequence[str],
+    start_timeout_seconds: int = 120,
+    stall_seconds: float = STALL_SECONDS,
+) -> list[str]:
     """The static launch of ``argv`` on ``num_ranks`` local processes, as an argument list.
+
+    Gloo by itself gives a silent peer up after 30 s, and only says that it lost one; here it waits longer
+    than whoever watches the ranks. A peer that ended is noticed at once, whatever the limit.
 
     Raises:
         ConfigError: more ranks than this machine can sensibly hold.
@@ -173,7 +184,9 @@ def command(num_ranks: int, argv: Sequence[str], start_timeout_seconds: int = 12
     if not launcher.is_file():
         raise ConfigError(f"{launcher} does not exist; install the train group (make install)")
     where = ["-np", str(num_ranks), "-H", f"localhost:{num_ranks}", "--gloo"]
-    return [str(launcher), *where, "--start-timeout", str(start_timeout_seconds), *argv]
+    patience = math.ceil(start_timeout_seconds + stall_seconds) + _AFTER_WATCH_SECONDS
+    limits = ["--start-timeout", str(start_timeout_seconds), "--gloo-timeout-seconds", str(patience)]
+    return [str(launcher), *where, *limits, *argv]
 
 
 def run(
@@ -206,7 +219,7 @@ def run(
         "OMP_NUM_THREADS": "1",  # ranks share the cores; a second thread each would only fight for them
     }
     process = subprocess.Popen(
-        command(num_ranks, argv, start_timeout_seconds),
+        command(num_ranks, argv, start_timeout_seconds, stall_seconds),
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
