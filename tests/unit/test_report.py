@@ -241,6 +241,7 @@ def make_evaluation(**changes: Any) -> dict[str, Any]:
             ],
         },
         "segments_left_out": {"device": "not stored in the examples"},
+        "backtest": {"folds": [make_fold(), {"cutoff": "2017-01-20", "auc": None, "interval": None}]},
         "training": {
             "dien": {
                 "epochs": [
@@ -257,6 +258,24 @@ def make_evaluation(**changes: Any) -> dict[str, Any]:
             }
         },
     } | changes
+
+
+def make_fold() -> dict[str, Any]:
+    """The first month: half as many converted as was expected, in one of its two campaigns."""
+    sound = {"rows": 100, "positives": 20, "ratio_before": 1.1, "ratio_after": 0.9, "z_before": 0.5}
+    wrong = {"rows": 200, "positives": 30, "ratio_before": 2.0, "ratio_after": 1.3, "z_before": 6.5}
+    return {
+        "cutoff": "2017-05-08",
+        "test_rows": 300,
+        "test_positives": 50,
+        "auc": 0.78,
+        "interval": [0.7, 0.86],
+        "ratio_before": 1.64,
+        "ratio_after": 1.14,
+        "z_before": 4.1,
+        "z_after": 1.9,
+        "by_campaign": {"8": wrong | {"z_after": 3.1}, "9": sound | {"z_after": -0.4}},
+    }
 
 
 def make_cutoff() -> dict[str, Any]:
@@ -507,6 +526,18 @@ def test_the_gate_s_words_are_those_that_the_gate_writes() -> None:
     assert words[1] == "test period 2 of 2 (2017-10-04 to 2017-10-18) shows nothing: all or none converted"
     assert words[0].endswith("difference that would be found there is about 0.018")
     assert modelcard.reason({"condition": "weather", "text": "it rains"}) == ("✗", "it rains")
+
+
+def test_the_back_test_marks_a_month_that_was_expected_to_convert_twice_as_often() -> None:
+    text = _Page(report.render(make_inputs())).text
+    dash = formats.DASH
+    assert "2017-05-08 all 300 50 0.780 [0.700, 0.860] 1.64 ! 1.14" in text
+    assert f"8 200 30 {dash} 2.00 ! 1.30 ! 9 100 20 {dash} 1.10 0.90" in text
+    assert f"2017-01-20 all {dash} {dash} {dash} {dash} {dash}" in text  # no model yet
+    assert (
+        "Would it have been right before?"
+        not in _Page(report.render(make_inputs(evaluation=make_evaluation(backtest={})))).text
+    )
 
 
 def test_segments_say_what_they_cannot_show() -> None:

@@ -34,6 +34,8 @@ DIMENSIONS = {
     "category": "Target category (number in the vocabulary)",
     "activity": "Activity (tenths of the sends, 10 the most active users)",
 }
+#: Standard deviations beyond which expected and observed conversions differ by more than chance.
+_CHANCE_SDS = 3.0
 _RANK_DASHES = ("", "7 4", "2 4", "9 3 2 3")
 
 
@@ -223,6 +225,37 @@ def comparisons(evaluation: Facts, models: Sequence[Facts]) -> list[dict[str, An
             }
         )
     return rows
+
+
+def backtest(evaluation: Facts) -> list[dict[str, Any]]:
+    """Cut-offs of the back-test, oldest first, each with the campaigns that followed it."""
+    rows = []
+    for fold in (evaluation.get("backtest") or {}).get("folds") or []:
+        campaigns = fold.get("by_campaign") or {}
+        rows.append(
+            {
+                "cutoff": fold.get("cutoff"),
+                "auc": fold.get("auc"),
+                "interval": pair(fold.get("interval")),
+                **_expectation(fold),
+                "campaigns": [
+                    {"campaign": name, **_expectation(found)} for name, found in sorted(campaigns.items())
+                ],
+            }
+        )
+    return rows
+
+
+def _expectation(found: Facts) -> dict[str, Any]:
+    """Sends, conversions, and expected over observed ones as fitted and moved; marked beyond chance."""
+    z_scores = {name: found.get(f"z_{name}") for name in ("before", "after")}
+    return {
+        "rows": found.get("test_rows", found.get("rows")),
+        "positives": found.get("test_positives", found.get("positives")),
+        "before": found.get("ratio_before"),
+        "after": found.get("ratio_after"),
+        **{f"is_off_{n}": charts.is_number(z) and abs(z) > _CHANCE_SDS for n, z in z_scores.items()},
+    }
 
 
 def segments(used: Facts | None) -> list[dict[str, Any]]:

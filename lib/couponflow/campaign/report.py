@@ -148,6 +148,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "charts": {name: Markup(svg) for name, svg in made.items()},  # charts escape every text they show
         "histogram": bars,
         "segments": modelcard.segments(used),
+        "backtest": modelcard.backtest(inputs.evaluation),
         "learning": learning,
         "learning_legend": [(curve.name, curve.colour, curve.dash) for curve in learning["series"]],
         "gain_rows": modelcard.gain_rows(used),
