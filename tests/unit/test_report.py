@@ -242,6 +242,7 @@ def make_evaluation(**changes: Any) -> dict[str, Any]:
         },
         "segments_left_out": {"device": "not stored in the examples"},
         "backtest": {"folds": [make_fold(), {"cutoff": "2017-01-20", "auc": None, "interval": None}]},
+        "attention": {"dien": make_attention()},
         "training": {
             "dien": {
                 "epochs": [
@@ -258,6 +259,19 @@ def make_evaluation(**changes: Any) -> dict[str, Any]:
             }
         },
     } | changes
+
+
+def make_attention() -> dict[str, Any]:
+    """Sixty events of 40 days; every third shares a category with the coupons, one an item."""
+    events = [
+        {
+            "age_days": 40.0 * (60 - n) / 60,
+            "weight": (3.0 if n % 3 == 0 else 1.0) / 100,
+            "relation": "item" if n == 59 else "category" if n % 3 == 0 else "other",
+        }
+        for n in range(60)
+    ]
+    return {"events": events, "sends": 266}
 
 
 def make_fold() -> dict[str, Any]:
@@ -572,6 +586,22 @@ def test_learning_curves_are_drawn_by_rank_where_the_record_has_them() -> None:
     assert modelcard.learning({}, None)["series"] == []
     del evaluation["training"]["dien"]["epochs"][0]["train_loss_by_rank"]  # one epoch of older code
     assert modelcard.learning(evaluation, used)["num_ranks"] == 0
+
+
+def test_attention_is_drawn_as_shares_with_what_each_relation_weighs() -> None:
+    html = report.render(make_inputs())
+    text = _Page(html).text
+    assert "What DIEN looks at" in text
+    assert "among the 266 test sends that converted, from 40 to 1 days before the mail" in text
+    assert "an item of the coupons: 1% on 1 events a category of the coupons: 60% on 20 events" in text
+    assert "nothing of the coupons: 39% on 39 events" in text
+    drawn = html.partition('aria-labelledby="attention-title')[2].partition("</svg>")[0]
+    assert [drawn.count(f'<rect class="{colour}"') for colour in ("c1", "c2", "c3", "rest")] == [20, 1, 0, 39]
+    kept = make_evaluation(attention={"dien": None, "static": None})
+    assert "looks at" not in _Page(report.render(make_inputs(evaluation=kept))).text
+    first = modelcard.attention({"attention": {"a": make_attention(), "b": make_attention()}}, {"kind": "b"})
+    assert first is not None
+    assert first["label"] == "b"
 
 
 @pytest.mark.parametrize(

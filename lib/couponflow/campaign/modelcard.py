@@ -34,6 +34,12 @@ DIMENSIONS = {
     "category": "Target category (number in the vocabulary)",
     "activity": "Activity (tenths of the sends, 10 the most active users)",
 }
+RELATIONS = {  # what an event shares with the coupons of the mail: words, colour class
+    "item": ("an item of the coupons", "c2"),
+    "category": ("a category of the coupons", "c1"),
+    "shop": ("a shop of the coupons", "c3"),
+    "other": ("nothing of the coupons", "rest"),
+}
 #: Standard deviations beyond which expected and observed conversions differ by more than chance.
 _CHANCE_SDS = 3.0
 _RANK_DASHES = ("", "7 4", "2 4", "9 3 2 3")
@@ -315,6 +321,34 @@ def learning(evaluation: Facts, used: Facts | None) -> dict[str, Any]:
 
 def _epoch_points(epochs: Sequence[Facts], name: str) -> list[tuple[float, float]]:
     return [(epoch["epoch"], epoch[name]) for epoch in epochs if charts.is_number(epoch.get(name))]
+
+
+def attention(evaluation: Facts, used: Facts | None) -> dict[str, Any] | None:
+    """Events of one send with their weights, and what each relation weighs together; None without any.
+
+    Of the model in use, or else of the first one that has an attention.
+    """
+    found = {kind: sample for kind, sample in (evaluation.get("attention") or {}).items() if sample}
+    kinds = sorted(found, key=lambda kind: (used is None or kind != used["kind"], kind))
+    if not kinds:
+        return None
+    events = found[kinds[0]]["events"]
+    whole = sum(event["weight"] for event in events) or 1.0
+    shares = []
+    for relation, (name, colour) in RELATIONS.items():
+        weights = [event["weight"] for event in events if event["relation"] == relation]
+        if weights:
+            row = {"name": name, "colour": colour, "events": len(weights), "share": sum(weights) / whole}
+            shares.append(row)
+    bars = [(event["weight"] / whole, RELATIONS[event["relation"]][1]) for event in events]
+    return {
+        "label": style(kinds[0])[0],
+        "sends": found[kinds[0]].get("sends"),
+        "oldest_days": events[0]["age_days"],
+        "newest_days": events[-1]["age_days"],
+        "bars": bars,
+        "shares": shares,
+    }
 
 
 def gain_rows(used: Facts | None) -> dict[str, Any] | None:
