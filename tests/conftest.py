@@ -21,8 +21,10 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     from couponflow.lake import tables
     from couponflow.sections import SparkConfig
 
-    session = tables.spark_session(SparkConfig(driver_memory="6g"), "tests")
-    # Small data and hundreds of plans: to compile each of them would take longer than to interpret it.
+    session = tables.spark_session(SparkConfig(driver_memory="6g", shuffle_partitions=2), "tests")
+    # Small data and thousands of plans: to compile each of them, or to plan it anew after each of its
+    # shuffles, would take longer than to run it. The end-to-end tests run the jobs as they are.
+    session.conf.set("spark.sql.adaptive.enabled", "false")
     session.conf.set("spark.sql.codegen.wholeStage", "false")
     session.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
     yield session
