@@ -168,12 +168,9 @@ def _with_visitors(root_uri: str, listed: Erased, visitors: set[str], dry_run: b
 def _erase_tables(spark: Any, job: Run, listed: Erased) -> dict[str, int]:
     from couponflow.lake import erasure
 
-    taken = {}
-    for table in erasure.user_tables():
-        found = erasure.take_out(spark, job.root_uri, table, listed, job.run_id)
-        if found:
-            taken[table] = found
-            log.info("table %s: %d rows", table, found)
+    taken = erasure.take_out(spark, job.root_uri, listed, job.run_id)
+    for table, rows in taken.items():
+        log.info("table %s: %d rows", table, rows)
     return taken
 
 

@@ -44,9 +44,10 @@ def _keep_out(spark: Any, job: Run, dry_run: bool) -> dict[str, int]:
     from couponflow.lake import erasure
 
     listed = erased.load(job.root_uri)
-    found = erasure.count_rows(spark, job.root_uri, listed)
-    for table in [] if dry_run else found:
-        erasure.take_out(spark, job.root_uri, table, listed, job.run_id)
+    if dry_run:
+        found = erasure.count_rows(spark, job.root_uri, listed)
+    else:
+        found = erasure.take_out(spark, job.root_uri, listed, job.run_id)
     return {f"erased {table}": number for table, number in found.items()}
 
 

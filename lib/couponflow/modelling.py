@@ -131,6 +131,16 @@ class TrainingConfig(Section):
     logistic_c: float = Field(
         default=0.1, gt=0.0, description="Inverse L2 strength of the logistic champion."
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="Where a network trains: auto takes a GPU where there is one. The ranks of a machine "
+        "take its GPUs in turn.",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Of a network's matrix products while it trains; bf16 is for a GPU. Gates, softmax, "
+        "losses, weights and validation stay in fp32.",
+    )
     gradient_compression: Literal["none", "fp16"] = Field(
         default="none",
         description="Precision in which ranks exchange gradients: fp16 halves the bytes and rounds them.",

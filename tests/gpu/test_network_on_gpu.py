@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from couponflow.modelling import ModelConfig
+from couponflow.modelling import ModelConfig, TrainingConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, random_batch
 from couponflow.models.dien import Dien
+from couponflow.training import devices, trainer
+from couponflow.training.launch import Workers
+from couponflow.training.progress import Progress, restore, snapshot
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: the network ran on CPU only"
@@ -56,3 +59,39 @@ def test_mixed_precision_stays_finite() -> None:
     loss.backward()
     assert torch.isfinite(loss)
     assert all(value.grad is not None and torch.isfinite(value.grad).all() for value in network.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_on_the_gpu_learns_as_on_the_cpu(precision: str) -> None:
+    """The whole loop: batches from the host, curves and best weights back on it."""
+    generator = torch.Generator().manual_seed(1)
+    batches = [random_batch(generator, 64, max_length=20, num_wide=NUM_WIDE) for _ in range(4)]
+    found = {}
+    for device in ("cpu", "cuda"):
+        network, _ = network_and_batch()
+        given = {"device": device, "precision": precision, "max_epochs": 2, "patience": 2}
+        config = TrainingConfig.model_validate(given)
+        found[device] = trainer.fit(
+            network, lambda epoch: batches, lambda: batches[:1], config, 1.0, Workers()
+        )
+        assert devices.of(network) == torch.device("cpu")
+    tolerance = 1e-3 if precision == "fp32" else 2e-2
+    for one, two in zip(found["cpu"].epochs, found["cuda"].epochs, strict=True):
+        assert two.train_loss == pytest.approx(one.train_loss, abs=tolerance)
+        assert two.valid_log_loss == pytest.approx(one.valid_log_loss, abs=tolerance)
+
+
+def test_a_run_on_the_gpu_goes_on_where_it_stopped() -> None:
+    network, batch = network_and_batch()
+    network.cuda()
+    optimiser = torch.optim.AdamW(network.parameters())
+    trainer.backward(network, batch, 1.0, Workers())
+    optimiser.step()
+    tree = snapshot(network, optimiser, Progress(step=1), Workers())
+    drawn = torch.rand(3, device="cuda")
+    other, _ = network_and_batch()
+    other.cuda()
+    resumed = restore(tree, other, torch.optim.AdamW(other.parameters()), Workers())
+    assert resumed.step == 1
+    assert torch.equal(torch.rand(3, device="cuda"), drawn)
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))

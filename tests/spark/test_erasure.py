@@ -257,7 +257,7 @@ def test_spark_and_python_hash_ids_alike(world: World) -> None:
     frame = literals.frame(world.spark, [(i,) for i in ids], "user_id string")
     found = [row[0] for row in frame.select(erasure.hash_column(listed, F.col("user_id"))).collect()]
     assert found == [listed.hash_of(i) for i in ids]
-    assert [row.user_id for row in erasure.people(frame.union(frame), listed).collect()] == ["a"]
+    assert [row.user_id for row in erasure.on_list(frame, listed).collect()] == ["a"]
 
 
 def test_no_log_holds_statistics_of_ids(world: World) -> None:
@@ -285,15 +285,15 @@ def test_a_dry_run_counts_and_changes_nothing(world: World) -> None:
 
 def test_a_killed_erasure_is_completed_by_the_next(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     before, stats = world.others(), world.rows_of(GONE, "assignments").count()
-    take_out = erasure.take_out
+    take_out = tables.take_out
 
-    def dies(spark: Any, root: str, table: str, *more: Any) -> int:
+    def dies(keys: Any, root: str, table: str, *more: Any, **named: Any) -> int:
+        taken = take_out(keys, root, table, *more, **named)
         if table == "training_examples":
-            take_out(spark, root, table, *more)
             raise KeyboardInterrupt
-        return take_out(spark, root, table, *more)
+        return taken
 
-    monkeypatch.setattr(erasure, "take_out", dies)
+    monkeypatch.setattr(tables, "take_out", dies)
     with pytest.raises(KeyboardInterrupt):
         world.erase()
     monkeypatch.undo()

@@ -21,6 +21,7 @@ T0 = datetime(2024, 1, 1, tzinfo=UTC)
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
 WIDTH = len(layouts.WIDE_FEATURES)
 NUM_VARYING = 35  # more of pure noise would drown a few hundred rows
+TYPE_PLACES = [place for place, name in enumerate(layouts.WIDE_FEATURES) if name.startswith("is_type_")]
 WINDOW = timedelta(days=10)
 
 
@@ -32,6 +33,7 @@ def make_rows(size: int, seed: int = 0, split: str = "train", base: float = -1.0
         day = int(generator.integers(0, 100))
         wide = np.zeros(WIDTH)
         wide[:NUM_VARYING] = generator.normal(size=NUM_VARYING)
+        wide[TYPE_PLACES] = 0.0  # one campaign type
         logit = (2.0 if day < 80 else -2.0) * wide[0] + base
         rows.append(
             {
@@ -100,6 +102,29 @@ def test_a_row_whose_window_reaches_over_the_cut_off_never_trains_it(tmp_path: P
         ids = {read[place].example_id for place in train}
         assert ids == {r["example_id"] for r in rows if r["as_of"] + WINDOW <= T0 + timedelta(days=day)}
         assert not ids & {read[place].example_id for place in test}
+
+
+def test_a_first_month_that_expects_too_much_is_shown_and_moved(tmp_path: Path, config: Config) -> None:
+    """The rate halves on day 30 and stays: campaigns of ten days."""
+    rows = []
+    for row in make_rows(1500):
+        day = (row["as_of"] - T0).days
+        rows.append(row | {"label": row["label"] if day < 30 or int(row["example_id"][-1]) % 2 else 0})
+    dataset = make_dataset(tmp_path, rows, (30, 70))
+    first, later = backtest.run(config, dataset)["folds"]
+    assert first["ratio_before"] == pytest.approx(2.0, rel=0.35)
+    assert set(first["by_campaign"]) == {"c3", "c4", "c5", "c6"}
+    for fold in (first, later):
+        for part in ("rows", "positives"):
+            assert fold[part] == fold[f"test_{part}"]
+            assert fold[part] == sum(campaign[part] for campaign in fold["by_campaign"].values())
+    assert later["prior_shifts"]["other"] < -0.2, (
+        "campaign c5, final by day 70, is below all of them together"
+    )
+    assert abs(later["ratio_after"] - 1) < abs(later["ratio_before"] - 1)
+    sampled = backtest.run(config, replace(dataset, sampling_rate=0.5))["folds"]
+    assert not any("ratio_before" in fold for fold in sampled)
+    assert [fold["auc"] for fold in sampled] == [first["auc"], later["auc"]]
 
 
 def test_a_fold_that_differs_from_the_manifest_stops(tmp_path: Path, config: Config) -> None:

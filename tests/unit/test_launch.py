@@ -169,7 +169,7 @@ def test_a_pipe_that_outlives_its_launcher_does_not_hang_the_call(
         "print(subprocess.Popen(sleep, start_new_session=True).pid, flush=True)"
     )
     start = time.perf_counter()
-    monkeypatch.setattr(launch, "_KILL_SECONDS", 1.5)
+    monkeypatch.setattr(launch, "KILL_SECONDS", 1.5)
     monkeypatch.setattr(logging.getLogger("couponflow"), "propagate", True)
     with caplog.at_level(logging.INFO, "couponflow"):
         launch.run(2, script(text), tmp_path)

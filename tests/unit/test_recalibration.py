@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -189,10 +190,18 @@ def test_an_evaluation_keeps_the_ratio_before_and_after() -> None:
     assert found["prior"]["ratio_after"] == pytest.approx((2 * low + 2 * high) / 2)
     by_campaign = found["prior"]["by_campaign"]
     assert by_campaign["1"] == {
+        "rows": 2,
+        "positives": 1,
         "ratio_before": pytest.approx(2 * high),
         "ratio_after": pytest.approx(2 * low),
+        "z_before": pytest.approx((2 * high - 1) / math.sqrt(2 * high * (1 - high))),
+        "z_after": pytest.approx((2 * low - 1) / math.sqrt(2 * low * (1 - low))),
     }
-    assert by_campaign["3"] == {"ratio_before": None, "ratio_after": None}
+    third = by_campaign["3"]
+    assert (third["rows"], third["positives"]) == (1, 0)
+    assert third["ratio_before"] is None
+    assert third["ratio_after"] is None
+    assert third["z_before"] == third["z_after"] == pytest.approx(math.sqrt(high / (1 - high)))
     json.dumps(found, allow_nan=False)
     unmoved = replace(bundle, calibrator=Calibrator("platt"))
     assert "prior" not in calibrators.described(unmoved, np.full(4, -1.0), label, types, campaigns)

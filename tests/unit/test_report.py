@@ -241,6 +241,8 @@ def make_evaluation(**changes: Any) -> dict[str, Any]:
             ],
         },
         "segments_left_out": {"device": "not stored in the examples"},
+        "backtest": {"folds": [make_fold(), {"cutoff": "2017-01-20", "auc": None, "interval": None}]},
+        "attention": {"dien": make_attention()},
         "training": {
             "dien": {
                 "epochs": [
@@ -257,6 +259,37 @@ def make_evaluation(**changes: Any) -> dict[str, Any]:
             }
         },
     } | changes
+
+
+def make_attention() -> dict[str, Any]:
+    """Sixty events of 40 days; every third shares a category with the coupons, one an item."""
+    events = [
+        {
+            "age_days": 40.0 * (60 - n) / 60,
+            "weight": (3.0 if n % 3 == 0 else 1.0) / 100,
+            "relation": "item" if n == 59 else "category" if n % 3 == 0 else "other",
+        }
+        for n in range(60)
+    ]
+    return {"events": events, "sends": 266}
+
+
+def make_fold() -> dict[str, Any]:
+    """The first month: half as many converted as was expected, in one of its two campaigns."""
+    sound = {"rows": 100, "positives": 20, "ratio_before": 1.1, "ratio_after": 0.9, "z_before": 0.5}
+    wrong = {"rows": 200, "positives": 30, "ratio_before": 2.0, "ratio_after": 1.3, "z_before": 6.5}
+    return {
+        "cutoff": "2017-05-08",
+        "test_rows": 300,
+        "test_positives": 50,
+        "auc": 0.78,
+        "interval": [0.7, 0.86],
+        "ratio_before": 1.64,
+        "ratio_after": 1.14,
+        "z_before": 4.1,
+        "z_after": 1.9,
+        "by_campaign": {"8": wrong | {"z_after": 3.1}, "9": sound | {"z_after": -0.4}},
+    }
 
 
 def make_cutoff() -> dict[str, Any]:
@@ -509,6 +542,18 @@ def test_the_gate_s_words_are_those_that_the_gate_writes() -> None:
     assert modelcard.reason({"condition": "weather", "text": "it rains"}) == ("✗", "it rains")
 
 
+def test_the_back_test_marks_a_month_that_was_expected_to_convert_twice_as_often() -> None:
+    text = _Page(report.render(make_inputs())).text
+    dash = formats.DASH
+    assert "2017-05-08 all 300 50 0.780 [0.700, 0.860] 1.64 ! 1.14" in text
+    assert f"8 200 30 {dash} 2.00 ! 1.30 ! 9 100 20 {dash} 1.10 0.90" in text
+    assert f"2017-01-20 all {dash} {dash} {dash} {dash} {dash}" in text  # no model yet
+    assert (
+        "Would it have been right before?"
+        not in _Page(report.render(make_inputs(evaluation=make_evaluation(backtest={})))).text
+    )
+
+
 def test_segments_say_what_they_cannot_show() -> None:
     text = _Page(report.render(make_inputs())).text
     dash = formats.DASH
@@ -541,6 +586,22 @@ def test_learning_curves_are_drawn_by_rank_where_the_record_has_them() -> None:
     assert modelcard.learning({}, None)["series"] == []
     del evaluation["training"]["dien"]["epochs"][0]["train_loss_by_rank"]  # one epoch of older code
     assert modelcard.learning(evaluation, used)["num_ranks"] == 0
+
+
+def test_attention_is_drawn_as_shares_with_what_each_relation_weighs() -> None:
+    html = report.render(make_inputs())
+    text = _Page(html).text
+    assert "What DIEN looks at" in text
+    assert "among the 266 test sends that converted, from 40 to 1 days before the mail" in text
+    assert "an item of the coupons: 1% on 1 events a category of the coupons: 60% on 20 events" in text
+    assert "nothing of the coupons: 39% on 39 events" in text
+    drawn = html.partition('aria-labelledby="attention-title')[2].partition("</svg>")[0]
+    assert [drawn.count(f'<rect class="{colour}"') for colour in ("c1", "c2", "c3", "rest")] == [20, 1, 0, 39]
+    kept = make_evaluation(attention={"dien": None, "static": None})
+    assert "looks at" not in _Page(report.render(make_inputs(evaluation=kept))).text
+    first = modelcard.attention({"attention": {"a": make_attention(), "b": make_attention()}}, {"kind": "b"})
+    assert first is not None
+    assert first["label"] == "b"
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from couponflow.errors import DataError
+from couponflow.errors import ConfigError, DataError
 from couponflow.modelling import ModelConfig, TrainingConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
 from couponflow.models.dien import Dien
-from couponflow.training import metrics, trainer
+from couponflow.training import devices, metrics, trainer
 from couponflow.training.launch import Workers
 
 WIDE = 5
@@ -237,6 +237,33 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
     one, two = once(), once()
     assert one.epochs == two.epochs
     assert all(torch.equal(one.state[name], two.state[name]) for name in one.state)
+
+
+def test_mixed_precision_learns_the_same_with_weights_in_single_precision() -> None:
+    config = TrainingConfig(max_epochs=6, patience=6, learning_rate=0.02)
+    mixed = config.model_copy(update={"precision": "bf16"})
+    data, held = split(learnable(512, 1), 64), [learnable(400, 2)]
+    found = {}
+    for name, one in {"fp32": config, "bf16": mixed}.items():
+        network = make_network()
+        found[name] = trainer.fit(network, lambda epoch: data, lambda: held, one, 1.0, Workers())
+        assert {value.dtype for value in network.parameters()} == {torch.float32}
+    assert found["bf16"].epochs != found["fp32"].epochs, "precision changed nothing"
+    assert found["bf16"].best.valid_auc == pytest.approx(found["fp32"].best.valid_auc, abs=0.02)
+    assert found["bf16"].best.valid_log_loss == pytest.approx(found["fp32"].best.valid_log_loss, abs=0.02)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"training.device = 'cuda': torch sees no CUDA device"):
+        devices.chosen(TrainingConfig(device="cuda"), Workers())
+    assert devices.chosen(TrainingConfig(), Workers()) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    fifth = Workers()
+    fifth.local_rank = 5
+    assert devices.chosen(TrainingConfig(), fifth) == torch.device("cuda", 1)
+    assert devices.chosen(TrainingConfig(device="cpu"), fifth) == torch.device("cpu")
 
 
 def test_learns_planted_signal_and_finds_none_in_noise() -> None:

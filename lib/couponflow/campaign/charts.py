@@ -195,6 +195,21 @@ def histogram(
     return _svg(ident, title, text, body)
 
 
+def shares(
+    ident: str, title: str, text: str, heights: Sequence[tuple[float, str]], labels: tuple[str, str]
+) -> str:
+    """One bar per share, in their order, each with its colour class."""
+    frame = _Frame(0, len(heights), 0, max(height for height, _ in heights) * 1.05 or 1.0)
+    body = frame.grid("{:.0f}", "{:.0%}", *labels)
+    for place, (height, colour) in enumerate(heights):
+        left, right = frame.x(place), frame.x(place + 1)
+        gap = min(0.6, (right - left) / 5)
+        body.append(
+            _rect(left + gap, frame.y(height), right - left - 2 * gap, frame.y(0) - frame.y(height), colour)
+        )
+    return _svg(ident, title, text, body)
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a JSON value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -207,10 +222,12 @@ def draw_all(
     bars: Sequence[tuple[float, float, int, int]],
     losses: Sequence[Series] = (),
     learning: Sequence[Series] = (),
+    attention: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """All charts of the report whose data is there, by name; the rows are those of ``modelcard``.
 
-    ``losses``: validation loss per epoch of each model; ``learning``: training and validation of one.
+    ``losses``: validation loss per epoch of each model; ``learning``: training and validation of one;
+    ``attention``: the events of one send.
     """
     made: dict[str, str] = {}
     whiskers = [
@@ -259,6 +276,12 @@ def draw_all(
     ):
         if series:
             made[name] = _losses(name, title, series)
+    if attention:
+        text = "; ".join(
+            f"{row['name']}: {row['share']:.0%} on {row['events']} events" for row in attention["shares"]
+        )
+        labels = ("Events of the history, oldest first", "Share of the attention")
+        made["attention"] = shares("attention", "Attention over a history", text, attention["bars"], labels)
     return made
 
 

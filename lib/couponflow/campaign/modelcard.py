@@ -34,6 +34,14 @@ DIMENSIONS = {
     "category": "Target category (number in the vocabulary)",
     "activity": "Activity (tenths of the sends, 10 the most active users)",
 }
+RELATIONS = {  # what an event shares with the coupons of the mail: words, colour class
+    "item": ("an item of the coupons", "c2"),
+    "category": ("a category of the coupons", "c1"),
+    "shop": ("a shop of the coupons", "c3"),
+    "other": ("nothing of the coupons", "rest"),
+}
+#: Standard deviations beyond which expected and observed conversions differ by more than chance.
+_CHANCE_SDS = 3.0
 _RANK_DASHES = ("", "7 4", "2 4", "9 3 2 3")
 
 
@@ -225,6 +233,37 @@ def comparisons(evaluation: Facts, models: Sequence[Facts]) -> list[dict[str, An
     return rows
 
 
+def backtest(evaluation: Facts) -> list[dict[str, Any]]:
+    """Cut-offs of the back-test, oldest first, each with the campaigns that followed it."""
+    rows = []
+    for fold in (evaluation.get("backtest") or {}).get("folds") or []:
+        campaigns = fold.get("by_campaign") or {}
+        rows.append(
+            {
+                "cutoff": fold.get("cutoff"),
+                "auc": fold.get("auc"),
+                "interval": pair(fold.get("interval")),
+                **_expectation(fold),
+                "campaigns": [
+                    {"campaign": name, **_expectation(found)} for name, found in sorted(campaigns.items())
+                ],
+            }
+        )
+    return rows
+
+
+def _expectation(found: Facts) -> dict[str, Any]:
+    """Sends, conversions, and expected over observed ones as fitted and moved; marked beyond chance."""
+    z_scores = {name: found.get(f"z_{name}") for name in ("before", "after")}
+    return {
+        "rows": found.get("test_rows", found.get("rows")),
+        "positives": found.get("test_positives", found.get("positives")),
+        "before": found.get("ratio_before"),
+        "after": found.get("ratio_after"),
+        **{f"is_off_{n}": charts.is_number(z) and abs(z) > _CHANCE_SDS for n, z in z_scores.items()},
+    }
+
+
 def segments(used: Facts | None) -> list[dict[str, Any]]:
     """Dimensions with a row per segment of the model in use; segments of too few rows share one row."""
     found = []
@@ -282,6 +321,34 @@ def learning(evaluation: Facts, used: Facts | None) -> dict[str, Any]:
 
 def _epoch_points(epochs: Sequence[Facts], name: str) -> list[tuple[float, float]]:
     return [(epoch["epoch"], epoch[name]) for epoch in epochs if charts.is_number(epoch.get(name))]
+
+
+def attention(evaluation: Facts, used: Facts | None) -> dict[str, Any] | None:
+    """Events of one send with their weights, and what each relation weighs together; None without any.
+
+    Of the model in use, or else of the first one that has an attention.
+    """
+    found = {kind: sample for kind, sample in (evaluation.get("attention") or {}).items() if sample}
+    kinds = sorted(found, key=lambda kind: (used is None or kind != used["kind"], kind))
+    if not kinds:
+        return None
+    events = found[kinds[0]]["events"]
+    whole = sum(event["weight"] for event in events) or 1.0
+    shares = []
+    for relation, (name, colour) in RELATIONS.items():
+        weights = [event["weight"] for event in events if event["relation"] == relation]
+        if weights:
+            row = {"name": name, "colour": colour, "events": len(weights), "share": sum(weights) / whole}
+            shares.append(row)
+    bars = [(event["weight"] / whole, RELATIONS[event["relation"]][1]) for event in events]
+    return {
+        "label": style(kinds[0])[0],
+        "sends": found[kinds[0]].get("sends"),
+        "oldest_days": events[0]["age_days"],
+        "newest_days": events[-1]["age_days"],
+        "bars": bars,
+        "shares": shares,
+    }
 
 
 def gain_rows(used: Facts | None) -> dict[str, Any] | None:

@@ -125,8 +125,9 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
     comparisons = modelcard.comparisons(inputs.evaluation, models)
     bars = _histogram_rows(inputs.score_histogram)
     learning = modelcard.learning(inputs.evaluation, used)
-    curves = [modelcard.validation_losses(inputs.evaluation), learning["series"]]
-    made = charts.draw_all(models, used, comparisons, bars, *curves)
+    losses = modelcard.validation_losses(inputs.evaluation)
+    attention = modelcard.attention(inputs.evaluation, used)
+    made = charts.draw_all(models, used, comparisons, bars, losses, learning["series"], attention)
     context = {
         "inputs": inputs,
         "selection": inputs.selection,
@@ -148,7 +149,9 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "charts": {name: Markup(svg) for name, svg in made.items()},  # charts escape every text they show
         "histogram": bars,
         "segments": modelcard.segments(used),
+        "backtest": modelcard.backtest(inputs.evaluation),
         "learning": learning,
+        "attention": attention,
         "learning_legend": [(curve.name, curve.colour, curve.dash) for curve in learning["series"]],
         "gain_rows": modelcard.gain_rows(used),
         "gain_legend": [(m["label"], m["colour"], m["dash"]) for m in models if m["gain_curve"]],

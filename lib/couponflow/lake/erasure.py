@@ -7,6 +7,7 @@ needs to know who it is: whatever was half done when a run died is done by the n
 import json
 import secrets
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 from py4j.protocol import Py4JJavaError
@@ -39,49 +40,60 @@ def hash_column(erased: Erased, user_id: Column) -> Column:
     return F.sha2(F.concat(F.lit(bytearray(outer)), F.unhex(first)), 256)
 
 
-def people(frame: DataFrame, erased: Erased) -> DataFrame:
-    """Ids of erased people that stand in ``user_id`` of a frame, each once. Cost: one shuffle of the ids."""
+def on_list(frame: DataFrame, erased: Erased) -> DataFrame:
+    """The rows of a frame whose ``user_id`` is that of an erased person."""
     hashes = literals.frame(frame.sparkSession, [(text,) for text in sorted(erased.hashes)], "hash string")
-    ids = frame.select("user_id").distinct()
     same = hash_column(erased, F.col("user_id")) == F.col("hash")
-    return ids.join(F.broadcast(hashes), same, "left_semi")
+    return frame.join(F.broadcast(hashes), same, "left_semi")
+
+
+def people(spark: SparkSession, root_uri: str, erased: Erased) -> dict[str, dict[str, int]]:
+    """Rows of each erased person in each table that holds some, table by table upstream first.
+
+    Cost: one Spark job that reads the ids of every table once.
+    """
+    held = [table for table in user_tables() if tables.exists(spark, root_uri, table)]
+    if not erased.hashes or not held:
+        return {}
+    counted = [
+        tables.read(spark, root_uri, table)
+        .groupBy("user_id")
+        .agg(F.count(F.lit(1)).alias("rows"))
+        .select(F.lit(table).alias("table"), "user_id", "rows")
+        for table in held
+    ]
+    found: dict[str, dict[str, int]] = {}
+    for row in on_list(reduce(DataFrame.unionAll, counted), erased).collect():  # few: they are erased once
+        found.setdefault(row["table"], {})[row["user_id"]] = int(row["rows"])
+    return {table: found[table] for table in held if table in found}
 
 
 def count_rows(spark: SparkSession, root_uri: str, erased: Erased) -> dict[str, int]:
     """Rows of erased people in each table that holds some."""
-    counts = {}
-    for table in user_tables():
-        if erased.hashes and tables.exists(spark, root_uri, table):
-            frame = tables.read(spark, root_uri, table)
-            found = frame.join(people(frame, erased), "user_id", "left_semi").count()
-            counts.update({table: found} if found else {})
-    return counts
+    return {table: sum(rows.values()) for table, rows in people(spark, root_uri, erased).items()}
 
 
-def take_out(spark: SparkSession, root_uri: str, table: str, erased: Erased, run_id: str) -> int:
-    """Delete the rows of erased people from one table; in the ledger they take a tombstone. Returns how many.
+def take_out(spark: SparkSession, root_uri: str, erased: Erased, run_id: str) -> dict[str, int]:
+    """Delete the rows of erased people from all tables; in the ledger they take a tombstone.
 
-    Key of the ledger: people of one campaign version keep different tombstones. Idempotent.
+    Returns how many, by table. Key of the ledger: people of one campaign version keep different tombstones.
+    Idempotent.
 
     Raises:
-        ConflictError: another run has changed the table meanwhile.
-        DataError: it cannot be read.
+        ConflictError: another run has changed a table meanwhile.
+        DataError: one cannot be read.
     """
-    if not erased.hashes or not tables.exists(spark, root_uri, table):
-        return 0
-    found = people(tables.read(spark, root_uri, table), erased).persist()
-    try:
-        if found.isEmpty():
-            return 0
-        if table != LEDGER:
-            return tables.take_out(found, root_uri, table, run_id)
-        salted = F.sha2(F.concat(F.lit(secrets.token_hex(16)), F.col("user_id")), 256)
-        token = F.concat(F.lit(TOMBSTONE), F.substring(salted, 1, _TOKEN_DIGITS))
-        return tables.take_out(
-            found.select("user_id", token.alias("token")), root_uri, table, run_id, replacement="token"
-        )
-    finally:
-        found.unpersist()
+    taken = {}
+    for table, rows in people(spark, root_uri, erased).items():
+        ids = sorted(rows)
+        if table == LEDGER:
+            tokens = [(user_id, TOMBSTONE + secrets.token_hex(_TOKEN_DIGITS // 2)) for user_id in ids]
+            keys = literals.frame(spark, tokens, "user_id string, token string")
+            taken[table] = tables.take_out(keys, root_uri, table, run_id, replacement="token")
+        else:
+            keys = literals.frame(spark, [(user_id,) for user_id in ids], "user_id string")
+            taken[table] = tables.take_out(keys, root_uri, table, run_id)
+    return taken
 
 
 def take_out_refused(

@@ -10,7 +10,7 @@ Source: arXiv 1809.03672; target sets, aggregates beside the sequence and the wi
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,29 @@ class Dien(nn.Module):
         if self.wide_linear is not None:
             logits = logits + self.wide_linear(wide)[:, 0]
         return Output(logits if logits.dtype == torch.float64 else logits.float(), aux_sum, aux_count)
+
+    @torch.inference_mode()
+    def attention(self, batch: Batch) -> Tensor | None:
+        """How much each step counts for the candidate, [B,T], 0 on padding; None without an attention.
+
+        The weights that scoring uses: with ``model.normalise = "softmax"`` those of a row add up to 1.
+        """
+        attention = getattr(self.encoder, "attention", None)
+        if attention is None:
+            return None
+        seen: list[Tensor] = []
+
+        def keep(module: nn.Module, given: tuple[Any, ...], found: tuple[Tensor, Tensor]) -> None:
+            seen.append(given[2].unpack(found[0]))
+
+        handle, was_training = attention.register_forward_hook(keep), self.training
+        self.eval()
+        try:
+            self(batch)
+        finally:
+            handle.remove()
+            self.train(was_training)
+        return seen[0]
 
     def embeddings(self) -> dict[str, nn.Embedding]:
         """The table of each field of the vocabulary."""

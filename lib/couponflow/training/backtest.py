@@ -3,10 +3,14 @@
 A row trains a cut-off iff its label was final by it, and tests it iff its as_of lies between it and the next:
 no row's label window reaches over a cut-off that it trains (purge), and every test row is judged once.
 Intervals are those of ``evaluation``: users are drawn, not rows.
+
+Expected over observed conversions stand beside, by campaign too: as fitted, and moved by the shift of priors
+to the rates of the latest campaigns that were final at the cut-off (``calibrators``). A first month, with few
+campaigns behind it, shows there.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +18,7 @@ import numpy as np
 
 from couponflow.config import Config
 from couponflow.errors import DataError
-from couponflow.training import evaluation, feed, metrics
+from couponflow.training import calibrators, evaluation, feed, metrics
 
 if TYPE_CHECKING:
     from couponflow.models.tabular import Logistic
@@ -25,7 +29,8 @@ log = logging.getLogger("couponflow")
 def run(config: Config, dataset: feed.Dataset) -> dict[str, Any]:
     """Judge each cut-off of the dataset's manifest, and all of them together; empty without cut-offs.
 
-    A cut-off whose training or test rows hold one class only has no AUC (null).
+    A cut-off whose training or test rows hold one class only has no AUC (null). There are no ratios without a
+    model, and none of sampled negatives, whose rates are not those of the world.
 
     Raises:
         DataError: the rows of a fold differ from the manifest, or as ``feed.read_dated``.
@@ -38,17 +43,25 @@ def run(config: Config, dataset: feed.Dataset) -> dict[str, Any]:
     wide = feed.aggregates(rows)
     label = np.array([row.label for row in rows])
     user = np.array([row.user_id for row in rows])
+    types = calibrators.row_types(rows)
     found, tested, scored = [], [], []
     for fold in dataset.folds:
         train, test = fold_rows(rows, fold)
         _check_fold(dataset, fold, label, train, test)
         logit = np.full(test.size, np.nan)
+        expected = {}
         if len(set(label[train])) == 2:
             model = baselines.fit_logistic(wide[train], label[train], config.training.logistic_c)
-            logit = _logits(model, [rows[place] for place in test])
+            held = [rows[place] for place in test]
+            logit = _logits(model, held)
+            if dataset.sampling_rate == 1.0:
+                priors = calibrators.latest_matured([rows[place] for place in train], _micros(fold["start"]))
+                shifts = calibrators.prior_shifts(types[train], label[train], priors)
+                expected = _expected(logit, label[test], types[test], [row.target_id for row in held], shifts)
             tested.append(test)
             scored.append(logit)
-        found.append({**_without_times(fold), **_judged(logit, label[test], user[test], config)})
+        judged = _judged(logit, label[test], user[test], config)
+        found.append({**_without_times(fold), **judged, **expected})
         _log(found[-1])
     pooled: dict[str, Any] = {"auc": None, "interval": None}
     if tested:
@@ -61,6 +74,21 @@ def run(config: Config, dataset: feed.Dataset) -> dict[str, Any]:
 
 def _logits(model: "Logistic", rows: Sequence[feed.Example]) -> metrics.Floats:
     return np.concatenate([model.logits(batch) for batch in feed.batches(rows)] or [np.zeros(0)])
+
+
+def _expected(
+    logit: metrics.Floats, label: Any, types: Any, campaigns: Sequence[str], shifts: Mapping[str, float]
+) -> dict[str, Any]:
+    """Expected over observed conversions before and after the shift of priors, in all and by campaign."""
+    from couponflow.models.calibration import Calibrator
+
+    found = calibrators.ratios(
+        Calibrator().apply(logit, types),
+        Calibrator(shifts=dict(shifts)).apply(logit, types),
+        label,
+        np.array(campaigns),
+    )
+    return {"prior_shifts": dict(shifts), **found}
 
 
 def fold_rows(rows: Sequence[feed.Example], fold: dict[str, Any]) -> tuple[Any, Any]:

@@ -162,20 +162,26 @@ def described(
     if calibrator.shifts:
         unmoved = replace(calibrator, shifts={}).apply(logit, types)
         moved = calibrator.apply(logit, types)
-        found["prior"] = {
-            **_ratios(unmoved, moved, label),
-            "by_campaign": {
-                str(campaign): _ratios(unmoved[rows], moved[rows], label[rows])
-                for campaign in np.unique(campaigns)
-                for rows in [campaigns == campaign]
-            },
-        }
+        found["prior"] = ratios(unmoved, moved, label, campaigns)
     return found
 
 
-def _ratios(unmoved: Floats, moved: Floats, label: Floats) -> dict[str, float | None]:
-    """Expected over observed conversions before and after; null where none was observed."""
-    if not label.any():
-        return {"ratio_before": None, "ratio_after": None}
-    before, after = (metrics.calibration_ratio(values, label) for values in (unmoved, moved))
-    return {"ratio_before": before, "ratio_after": after}
+def ratios(unmoved: Floats, moved: Floats, label: Floats, campaigns: NDArray[Any]) -> dict[str, Any]:
+    """Rows, conversions, and expected over observed conversions before and after a shift, [N] each.
+
+    In all and by campaign; a ratio is null where no conversion was observed. ``z_*`` is expected minus
+    observed in standard deviations of independent rows, ``(sum p - sum y) / sqrt(sum p (1 - p))``: beyond 3,
+    chance is no explanation.
+    """
+
+    def both(rows: NDArray[Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {"rows": int(rows.sum()), "positives": int(label[rows].sum())}
+        for name, values in (("before", unmoved[rows]), ("after", moved[rows])):
+            has_ratio = found["positives"] > 0
+            found[f"ratio_{name}"] = metrics.calibration_ratio(values, label[rows]) if has_ratio else None
+            sd = float(np.sqrt((values * (1.0 - values)).sum()))
+            found[f"z_{name}"] = float((values - label[rows]).sum()) / sd if sd else None
+        return found
+
+    by_campaign = {str(campaign): both(campaigns == campaign) for campaign in np.unique(campaigns)}
+    return {**both(np.ones(label.size, dtype=bool)), "by_campaign": by_campaign}

@@ -136,7 +136,7 @@ class Store:
                 f"{manifest['sha256'][:12]})"
             )
         try:
-            tree = torch.load(io.BytesIO(content), weights_only=True)
+            tree = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
             raise _UnusableError(
                 f"it holds something else than values and tensors ({type(error).__name__})"

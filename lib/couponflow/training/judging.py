@@ -23,6 +23,7 @@ from couponflow.training import (
     evaluation,
     feed,
     fitting,
+    inspection,
     registry,
     segments,
 )
@@ -45,6 +46,7 @@ def evaluate_models(config: Config, run_id: str, dates: str) -> tuple[dict[str, 
         ConflictError: another run moved the challenger meanwhile.
     """
     from couponflow.models.bundle import load_bundle
+    from couponflow.models.dien import Dien
 
     root_uri = config.lake.root_uri
     dataset = feed.load_manifest(root_uri)
@@ -52,7 +54,7 @@ def evaluate_models(config: Config, run_id: str, dates: str) -> tuple[dict[str, 
     rows = feed.read_all(dataset, _TEST, (*feed.ALL_COLUMNS, "as_of"))
     truth = labelled(rows, config.lake.time_zone)
     types = calibrators.row_types(rows)
-    scored, training, calibration = [], {}, {}
+    scored, training, calibration, attention = [], {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, version in named.items():
             bundle = load_bundle(registry.fetch(root_uri, version, Path(folder)), dataset.vocabulary_version)
@@ -63,6 +65,8 @@ def evaluate_models(config: Config, run_id: str, dates: str) -> tuple[dict[str, 
                 "epochs": bundle.metrics.get("epochs", []),
                 "num_ranks": bundle.metrics.get("num_ranks", 1),
             }
+            if isinstance(bundle.model, Dien):
+                attention[name] = inspection.attention_sample(bundle.model, rows)
     judged = judge_rows(truth, rows, scored, champion, config.evaluation)
     record = {
         "run_id": run_id,
@@ -73,6 +77,7 @@ def evaluate_models(config: Config, run_id: str, dates: str) -> tuple[dict[str, 
         **judged,
         "training": training,
         "calibration": calibration,
+        "attention": attention,
         "backtest": backtest.run(config, dataset),
     }
     uri = storage.join(root_uri, "evaluations", f"{run_id}.json")

@@ -15,11 +15,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from couponflow.errors import (
     DataError,
     InfraError,
 )
+from couponflow.training.family import KILL_SECONDS, Family
 from couponflow.training.watchdog import DONE, Beat, Pulse, Watch
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ STALL_SECONDS = 300.0
 #: Seconds that Horovod waits for a silent peer beyond the watchdog, which sees it and names it.
 _AFTER_WATCH_SECONDS = 60
 _RANKS_PER_CORE = 4
-_KILL_SECONDS = 10.0
 _TICK_SECONDS = 0.5
 #: What the launcher puts before a rank's line, and the rank's own time and level.
 _PREFIX = re.compile(r"^\[\d+\]<(?:stdout|stderr)>:\s?(?:\d\d:\d\d:\d\d [A-Z]+ )?")
@@ -65,6 +64,8 @@ class Workers:
 
     rank = 0
     size = 1
+    #: Of the ranks on this machine.
+    local_rank = 0
 
     def beat(self, phase: str, epoch: int = 0, step: int = 0) -> None:
         """Tell who watches what this rank is about to do; a group of one is not watched."""
@@ -102,6 +103,7 @@ class HorovodWorkers(Workers):
         self._hvd: Any = hvd
         self.rank = int(hvd.rank())
         self.size = int(hvd.size())
+        self.local_rank = int(hvd.local_rank())
 
     def beat(self, phase: str, epoch: int = 0, step: int = 0) -> None:  # noqa: D102 - as in Workers
         if self._pulse is not None:
@@ -125,12 +127,14 @@ class HorovodWorkers(Workers):
 
     def average(self, tensor: "Tensor") -> "Tensor":  # noqa: D102 - as in Workers
         self._exchange()
-        return self._hvd.allreduce_(tensor, op=self._hvd.Average, name=f"average_{tensor.numel()}")  # type: ignore[no-any-return]  # horovod has no types
+        sent = tensor.cpu()  # Gloo knows host memory only; on the host this copies nothing
+        found = self._hvd.allreduce_(sent, op=self._hvd.Average, name=f"average_{tensor.numel()}")
+        return tensor.copy_(found)
 
     def broadcast_state(self, state: "dict[str, Tensor]") -> None:  # noqa: D102 - as in Workers
         self._exchange()
         for name, tensor in sorted(state.items()):
-            self._hvd.broadcast_(tensor, root_rank=0, name=f"state_{name}")
+            tensor.copy_(self._hvd.broadcast(tensor.cpu(), root_rank=0, name=f"state_{name}"))
 
     def _reduce(self, values: NDArray[np.float64], operation: Any, name: str) -> NDArray[np.float64]:
         import torch
@@ -228,18 +232,18 @@ def run(
         errors="replace",
         start_new_session=True,
     )
-    family = _Family(process)
+    family = Family(process)
     assert process.stdout is not None  # a pipe was asked for
     tail: deque[str] = deque(maxlen=20)
     try:
         with _ended_by_sigterm():
             _follow(process, tail, watch, family)
-            code = process.wait(timeout=_KILL_SECONDS)
+            code = process.wait(timeout=KILL_SECONDS)
             watch.refresh()
             hung = [beat for beat in watch.beats() if family.has(beat.process)]
     except subprocess.TimeoutExpired as error:
         raise InfraError(
-            f"ranks closed their output but did not end within {_KILL_SECONDS:.0f} s; run again"
+            f"ranks closed their output but did not end within {KILL_SECONDS:.0f} s; run again"
         ) from error
     finally:
         family.kill()
@@ -332,7 +336,7 @@ def _rank_error(folder: Path) -> CouponflowError | None:
     return _ERRORS.get(note["class"], InfraError)(f"rank {rank}: {note['message']}")
 
 
-def _follow(process: "subprocess.Popen[str]", tail: deque[str], watch: Watch, family: "_Family") -> None:
+def _follow(process: "subprocess.Popen[str]", tail: deque[str], watch: Watch, family: Family) -> None:
     """Log each line as it comes until the ranks' output ends.
 
     Raises:
@@ -350,7 +354,7 @@ def _follow(process: "subprocess.Popen[str]", tail: deque[str], watch: Watch, fa
 
     threading.Thread(target=pump, daemon=True).start()
     ended = 0
-    while ended * _TICK_SECONDS < _KILL_SECONDS:  # whoever holds the pipe longer than that is a stray
+    while ended * _TICK_SECONDS < KILL_SECONDS:  # whoever holds the pipe longer than that is a stray
         try:
             line = lines.get(timeout=_TICK_SECONDS)
         except queue.Empty:
@@ -364,49 +368,3 @@ def _follow(process: "subprocess.Popen[str]", tail: deque[str], watch: Watch, fa
             log.info("%s", text)
         if process.poll() is None and watch.look():
             family.look(watch)
-
-
-class _Family:
-    """The launcher and all its descendants; ranks have sessions of their own, and may outlive it."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        import psutil  # type: ignore[import-untyped]  # comes with horovod, without types
-
-        self._psutil, self._process = psutil, process
-        self._parent = psutil.Process(process.pid)
-        self._members: set[Any] = set()  # psutil tells a process from a later one with its number
-        self._ranks: set[int] = set()
-
-    def look(self, watch: Watch) -> None:
-        """Remember who belongs to it now."""
-        gone = self._psutil.NoSuchProcess
-        with suppress(gone):
-            self._members.update(self._parent.children(recursive=True))
-        for process in {beat.process for beat in watch.beats()} - self._ranks - {0}:
-            self._ranks.add(process)  # looked up once: its number may later be another's
-            with suppress(gone):
-                self._members.add(self._psutil.Process(process))
-
-    def has(self, process: int) -> bool:
-        """Whether this process of it is left."""
-        return any(member.pid == process and self._is_left(member) for member in self._members)
-
-    def kill(self) -> None:
-        """End all that are left, also those that are stopped."""
-        gone = self._psutil.NoSuchProcess
-        with suppress(gone):
-            self._members.update(self._parent.children(recursive=True))
-        if self._process.poll() is None:
-            self._members.add(self._parent)
-        for member in self._members:
-            with suppress(gone):
-                member.kill()
-        deadline = time.monotonic() + _KILL_SECONDS
-        while any(map(self._is_left, self._members)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        self._process.wait(timeout=_KILL_SECONDS)
-
-    def _is_left(self, member: Any) -> bool:
-        with suppress(self._psutil.NoSuchProcess):
-            return bool(member.is_running() and member.status() != self._psutil.STATUS_ZOMBIE)
-        return False

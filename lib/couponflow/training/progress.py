@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from couponflow.errors import DataError
-from couponflow.training import metrics
+from couponflow.training import devices, metrics
 from couponflow.training.launch import Workers
 
 
@@ -84,7 +84,9 @@ def snapshot(
     network: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress, workers: Workers
 ) -> dict[str, Any]:
     """All that a run continues from, as plain values and tensors; collective."""
-    own = np.concatenate([progress.own, _buffers(network).numpy(), torch.get_rng_state().double().numpy()])
+    own = np.concatenate(
+        [progress.own, _buffers(network).numpy(), devices.random_state(network).double().numpy()]
+    )
     ranks = workers.gather(own).reshape(workers.size, -1)
     best = progress.best
     return {
@@ -126,7 +128,7 @@ def restore(
         own = tree["ranks"][workers.rank]
         held = _buffers(network).numel()
         _set_buffers(network, own[3 : 3 + held])
-        torch.set_rng_state(own[3 + held :].to(torch.uint8))
+        devices.set_random_state(network, own[3 + held :].to(torch.uint8))
         epochs = [
             Epoch(**{**found, "train_loss_by_rank": tuple(found["train_loss_by_rank"])})
             for found in tree["epochs"]
@@ -174,8 +176,8 @@ def _agree(network: nn.Module, progress: Progress, workers: Workers) -> None:
 
 
 def _buffers(network: nn.Module) -> Tensor:
-    """All buffers one after another, float64: exact for single precision and counters."""
-    held = [buffer.detach().reshape(-1).double() for buffer in network.buffers()]
+    """All buffers one after another, float64 on the host: exact for single precision and counters."""
+    held = [buffer.detach().cpu().reshape(-1).double() for buffer in network.buffers()]
     return torch.cat([torch.zeros(0, dtype=torch.float64), *held])
 
 

@@ -52,7 +52,7 @@ class MiniBatchAware:
         workers: Workers,
     ) -> None:
         """``embeddings`` and ``counts`` by field of the vocabulary."""
-        self._embeddings, self._counts = embeddings, counts
+        self._embeddings, self._counts = embeddings, dict(counts)
         self._weight, self._workers = weight, workers
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -64,10 +64,12 @@ class MiniBatchAware:
             starts[name] = start
             own.append(torch.unique(torch.cat([ids.ravel() for ids in found[name]])) + start)
             start += embedding.num_embeddings
-        ids = torch.from_numpy(self._workers.gather(torch.cat(own).numpy())).long()
+        ids = torch.from_numpy(self._workers.gather(torch.cat(own).cpu().numpy())).long()
         terms = []
         for name, embedding in self._embeddings.items():
-            place = ids - starts[name]
+            weight = embedding.weight
+            place = ids.to(weight.device) - starts[name]
+            self._counts[name] = self._counts[name].to(weight.device)  # copies once
             is_own = (place >= 0) & (place < embedding.num_embeddings)
-            terms.append(penalty(embedding.weight, place[is_own], self._counts[name]))
+            terms.append(penalty(weight, place[is_own], self._counts[name]))
         return torch.stack(terms).sum() * (self._weight / 2)

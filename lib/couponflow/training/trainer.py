@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from couponflow.errors import DataError
 from couponflow.modelling import TrainingConfig
 from couponflow.models.batch import Batch
-from couponflow.training import metrics
+from couponflow.training import devices, metrics
 from couponflow.training.checkpoints import Store
 from couponflow.training.launch import Workers
 from couponflow.training.progress import Epoch, Fitted, Progress, restore, snapshot
@@ -77,13 +77,16 @@ def fit(
     to there are read and passed over.
     ``regulariser`` gives a term of the loss, the same on all ranks; no curve shows it.
     Collective: all ranks call it with the same arguments but for their batches. On one rank and one thread a
-    run repeats bit for bit, resumed or not.
+    run repeats bit for bit, resumed or not. The network trains on the device of the config and is left on
+    the host.
 
     Raises:
+        ConfigError: a GPU is asked for and there is none.
         DataError: a loss or gradient is not finite on any rank; raised on all ranks before the step, naming
             the rows. Or there are no validation rows, or one has no finite score.
     """
     torch.manual_seed(config.seed * 1_000_003 + workers.rank)  # dropout differs between ranks
+    network.to(devices.chosen(config, workers))
     optimiser = torch.optim.AdamW(parameter_groups(network, config.weight_decay), lr=config.learning_rate)
     if resumed is None:
         workers.broadcast_state(network.state_dict())
@@ -105,7 +108,8 @@ def fit(
 
     def step(batch: Batch) -> tuple[float, ...]:
         half = config.gradient_compression == "fp16"
-        sums = backward(network, batch, auxiliary_weight, workers, locate, half, regulariser)
+        is_mixed = config.precision == "bf16"
+        sums = backward(network, batch, auxiliary_weight, workers, locate, half, regulariser, is_mixed)
         nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
         rate = learning_rate(config, workers.size, progress.steps + 1, progress.rate_scale)
         for group in optimiser.param_groups:
@@ -125,6 +129,7 @@ def fit(
     fitted = progress.best
     assert fitted is not None  # max_epochs >= 1
     network.load_state_dict(fitted.state)
+    network.cpu()
     fitted.seconds = time.monotonic() - start
     return fitted
 
@@ -211,21 +216,26 @@ def backward(
     locate: Locate = lambda rows: "rows of unknown place",
     half: bool = False,
     regulariser: Callable[[Batch], Tensor] | None = None,
+    is_mixed: bool = False,
 ) -> tuple[float, float, float, float, float, float]:
     """Leave the gradient of the global loss in every parameter, the same on all ranks.
 
-    ``half``: gradients travel in half precision. Returns this step's global label loss sum, label weight,
+    ``half``: gradients travel in half precision. ``is_mixed``: matrix products of the forward pass are in
+    bfloat16, and those of its gradients with them. Returns this step's global label loss sum, label weight,
     auxiliary sum and auxiliary count, then this rank's own label loss sum and label weight.
 
     Raises:
         DataError: anything is not finite on any rank; raised on all ranks, no parameter has moved.
     """
     network.zero_grad(set_to_none=False)
-    output = cast(Output, network(batch))
+    batch = batch.to(devices.of(network))
+    with torch.autocast(batch.label.device.type, torch.bfloat16, enabled=is_mixed):
+        output = cast(Output, network(batch))
     label_sum = (
         F.binary_cross_entropy_with_logits(output.logits, batch.label, reduction="none") * batch.weight
     ).sum()
-    local = [label_sum.item(), batch.weight.sum().item(), output.aux_sum.item(), output.aux_count.item()]
+    parts = (label_sum, batch.weight.sum(), output.aux_sum, output.aux_count)
+    local = torch.stack([part.detach().double() for part in parts]).tolist()  # one wait for the device
     sums = [float(value) for value in workers.allreduce_sum(local)]
     if not np.isfinite(sums).all():
         is_sound = bool(np.isfinite(local).all())
@@ -304,7 +314,8 @@ def score(
     with torch.inference_mode():
         for batch in batches:
             if batch.size:
-                logits.append(cast(Output, network(batch)).logits.double().numpy())
+                found = cast(Output, network(batch.to(devices.of(network))))
+                logits.append(found.logits.double().cpu().numpy())
                 labels.append(batch.label.double().numpy())
             progress()
     network.train(was_training)
