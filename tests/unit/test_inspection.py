@@ -23,7 +23,7 @@ def make_row(name: str, events: list[tuple[int, int, int]], label: float = 1.0) 
     target = [(5, 0, 0), (0, 7, 0), (1, 1, 1)]
     history, target_bytes = (np.array(values, "<i4").tobytes() for values in (records, target))
     negatives = np.zeros((len(events), len(layouts.NEGATIVE_FIELDS)), "<i4").tobytes()
-    return Example(WIDE, label, history, negatives, target_bytes, name, f"user-of-{name}")
+    return Example(WIDE, np.float64(label), history, negatives, target_bytes, name, f"user-of-{name}")
 
 
 def make_network(**settings: Any) -> Dien:
@@ -38,7 +38,7 @@ def test_events_have_their_age_weight_and_closest_relation() -> None:
     assert [event["relation"] for event in found["events"]] == ["item", "category", "other", "other"]
     assert [event["age_days"] for event in found["events"]] == pytest.approx([4, 3, 2, 1], rel=1e-5)
     assert sum(event["weight"] for event in found["events"]) == pytest.approx(1.0, abs=1e-6)
-    assert "user" not in json.dumps(found)
+    assert "user" not in json.dumps(found), "a record is JSON, and names nobody"
 
 
 def test_the_send_is_the_converted_one_of_middle_length() -> None:

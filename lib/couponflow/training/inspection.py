@@ -38,7 +38,7 @@ def attention_sample(network: "Dien", rows: Sequence[feed.Example]) -> dict[str,
             batch.hist_gap[0].tolist(), weight[0].tolist(), _relations(batch), strict=True
         )
     ]
-    return {"events": events, "sends": sum(row.label > 0 for row in rows)}
+    return {"events": events, "sends": int(sum(row.label > 0 for row in rows))}
 
 
 def _typical(rows: Sequence[feed.Example]) -> feed.Example | None:
