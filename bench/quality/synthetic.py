@@ -32,10 +32,10 @@ WORLDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "order": ("order.toml", ()),
     "order_off": ("order.toml", ("world.order=0",)),
 }
-#: Networks of each world, by the name of their line: encoder and options beyond the world's ``[model]``.
 #: DIN in the form of its authors' code, whose attention sees more than a product; of softmax, sigmoid and sum
 #: it has the best validation log loss in ``first_order``.
 DIN: dict[str, Any] = {"attention": "mlp", "normalise": "softmax"}
+#: Networks of each world, by the name of their line: encoder and options beyond the world's ``[model]``.
 LADDER: dict[str, tuple[str, dict[str, Any]]] = {
     "mean_pool": ("mean_pool", {}),
     "static": ("static", {}),
