@@ -14,7 +14,7 @@ from couponflow.modelling import ModelConfig, TrainingConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, random_batch
 from couponflow.models.dien import Dien
 from couponflow.models.layers import GruCell, packing
-from couponflow.training import trainer
+from couponflow.training import steps, trainer
 from couponflow.training.launch import Workers
 
 CLAIMS = ("augru_vs_gru", "memory")
@@ -70,7 +70,7 @@ def peaks(epochs: int = EPOCHS) -> tuple[int, int]:
 
     config = TrainingConfig(max_epochs=epochs, patience=epochs)
     network = Dien(ModelConfig(), RANDOM_SIZES, NUM_WIDE)
-    trainer.fit(network, train, lambda: held[:2], config, 1.0, Workers())
+    trainer.fit(network, trainer.Rows(train, lambda: held[:2]), config, steps.Objective(1.0), Workers())
     return early, _peak()
 
 

@@ -35,7 +35,7 @@ from bench.widths import (
 )
 from couponflow.models.batch import Batch
 from couponflow.models.dien import Dien
-from couponflow.training import trainer
+from couponflow.training import steps
 from couponflow.training.launch import Workers
 
 _SD = 0.05
@@ -54,13 +54,13 @@ def couponflow(batches: Sequence[Rows]) -> Implementation:
     """Ours, stepped by the trainer's own functions."""
     torch.manual_seed(0)
     network = Dien(MODEL, {**_SIZES, "shop": 2, "event_type": 2}, _NUM_WIDE)
-    optimiser = torch.optim.AdamW(trainer.parameter_groups(network, 0.0), lr=1e-3)  # as in fit
+    optimiser = torch.optim.AdamW(steps.parameter_groups(network, 0.0), lr=1e-3)  # as in fit
     generator = torch.Generator().manual_seed(0)
     held = [_ours(rows, generator) for rows in batches]
 
     def step(number: int) -> None:
         network.train()
-        trainer.backward(network, held[number], MODEL.auxiliary_weight, Workers())
+        steps.backward(network, held[number], steps.Objective(MODEL.auxiliary_weight), Workers())
         torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimiser.step()
 

@@ -22,7 +22,7 @@ from bench.widths import MODEL
 from couponflow.modelling import TrainingConfig
 from couponflow.models.batch import Batch, random_batch
 from couponflow.models.dien import Dien
-from couponflow.training import feed, launch, trainer
+from couponflow.training import feed, launch, steps, trainer
 from couponflow.training.launch import Workers
 
 CLAIMS = ("scaling_2_ranks", "feed_bound")
@@ -54,7 +54,13 @@ def train_rank(folder: Path, workers: Workers) -> None:
     sizes = dataset.vocabulary_sizes
     valid = random_batch(torch.Generator().manual_seed(0), 32, vocabulary_sizes=sizes)
     config = TrainingConfig(max_epochs=EPOCHS, patience=EPOCHS)
-    trainer.fit(network, watched, lambda: [valid], config, MODEL.auxiliary_weight, workers)
+    trainer.fit(
+        network,
+        trainer.Rows(watched, lambda: [valid]),
+        config,
+        steps.Objective(MODEL.auxiliary_weight),
+        workers,
+    )
     (folder / f"rank-{workers.rank}.json").write_text(json.dumps(spent), encoding="utf-8")
 
 

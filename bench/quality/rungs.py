@@ -1,6 +1,6 @@
 """The rungs of the ladder, each from a sample to scores of its validation and test rows.
 
-Networks are the product's, trained by the product's trainer; boosted trees are scikit-learn's on counts. All
+Networks are the product's, trained by the product's trainer; boosted trees are its LightGBM on counts. All
 of them choose their length of training on validation rows and see the test rows once.
 """
 
@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from couponflow.config import Config
+from couponflow.modelling import BoostingConfig
 from couponflow.models.batch import Batch
 from couponflow.models.dien import Dien
-from couponflow.training import baselines, feed, preparation, trainer
+from couponflow.training import baselines, boosting, feed, preparation, steps, trainer
 from couponflow.training.launch import Workers
 
 log = logging.getLogger("couponflow")
@@ -29,7 +30,9 @@ Splits = tuple[Sequence[feed.Example], Sequence[feed.Example], Sequence[feed.Exa
 
 _SCORE_ROWS = 1_024
 #: Of the boosted trees; fixed beforehand, but for the number of trees.
-_TREES = {"max_iter": 300, "learning_rate": 0.05, "max_leaf_nodes": 31, "min_samples_leaf": 50}
+_TREES = BoostingConfig(
+    max_trees=300, patience=300, learning_rate=0.05, max_leaves=31, min_leaf_rows=50, l2=0.0
+)
 
 
 @dataclass(frozen=True)
@@ -44,20 +47,10 @@ class Scored:
 
 def boosted(train: tuple[Array, Array], valid: tuple[Array, Array], test: Array) -> Scored:
     """Boosted trees on (features, label); the number of trees is that of the best validation log loss."""
-    from sklearn.ensemble import HistGradientBoostingClassifier
-    from sklearn.metrics import log_loss
-
     start = time.monotonic()
-    model = HistGradientBoostingClassifier(early_stopping=False, random_state=0, **_TREES)
-    model.fit(*train)
-    stages = [found[:, 1] for found in model.staged_predict_proba(valid[0])]
-    best = int(np.argmin([log_loss(valid[1], stage, labels=[0, 1]) for stage in stages]))
-    for number, found in enumerate(model.staged_predict_proba(test)):
-        if number == best:
-            chosen = found[:, 1]
-            break
-    seconds = time.monotonic() - start
-    return Scored(logit_of(stages[best]), logit_of(chosen), best + 1, seconds)
+    trees = boosting.fit_trees(*train, *valid, _TREES, seed=0)
+    found, scored = trees.raw(valid[0]), trees.raw(test)
+    return Scored(found, scored, trees.roots.size, time.monotonic() - start)
 
 
 def logistic(train: Array, label: Array, valid: Array, test: Array, config: Config) -> Scored:
@@ -93,10 +86,12 @@ def network(
     preparation.prepare(built, preparation.WideRows(mean, sd, float(label.mean()), wide, label), config)
     fitted = trainer.fit(
         built,
-        lambda epoch: shuffled(train, section.batch_size, [seed, epoch]),
-        lambda: feed.batches(valid, _SCORE_ROWS),
+        trainer.Rows(
+            lambda epoch: shuffled(train, section.batch_size, [seed, epoch]),
+            lambda: feed.batches(valid, _SCORE_ROWS),
+        ),
         section,
-        model.auxiliary_weight,
+        steps.Objective(model.auxiliary_weight),
         Workers(),
     )
     found, _ = trainer.score(built, feed.batches(test, _SCORE_ROWS), Workers())

@@ -21,7 +21,7 @@ from couponflow.models.batch import Batch, empty_batch, random_batch
 from couponflow.models.bundle import load_bundle
 from couponflow.models.calibration import fit_platt
 from couponflow.models.tabular import CAMPAIGN_TYPES
-from couponflow.training import calibrators, feed, fitting, launch, registry, trainer
+from couponflow.training import calibrators, feed, fitting, launch, registry, steps, trainer
 from couponflow.training.checkpoints import Identity, Store
 
 WIDE = 4
@@ -70,29 +70,37 @@ def one_rank(workers: launch.Workers, root: str) -> None:
     own = [b.take([0, 1, 2] if workers.rank == 0 else [3, 4, 5, 6, 7]) for b in batches]
     config = TrainingConfig(max_epochs=2, patience=2, learning_rate=0.05)
     alone, together = Plain(), Plain()
-    trainer.backward(alone, batches[0], 0.5, launch.Workers())
-    trainer.backward(together, own[0], 0.5, workers)
+    steps.backward(alone, batches[0], steps.Objective(0.5), launch.Workers())
+    steps.backward(together, own[0], steps.Objective(0.5), workers)
     for left, right in zip(alone.parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(left.grad, right.grad, rtol=1e-4, atol=1e-6)
-    expected = trainer.fit(alone, lambda n: batches, lambda: batches, config, 0.5, launch.Workers())
-    found = trainer.fit(together, lambda n: own, lambda: own, config, 0.5, workers)
+    expected = trainer.fit(
+        alone,
+        trainer.Rows(lambda n: batches, lambda: batches),
+        config,
+        steps.Objective(0.5),
+        launch.Workers(),
+    )
+    found = trainer.fit(
+        together, trainer.Rows(lambda n: own, lambda: own), config, steps.Objective(0.5), workers
+    )
     for left, right in zip(alone.parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-5)
     assert found.train_rows == expected.train_rows == 24
     assert abs(found.best.valid_auc - expected.best.valid_auc) < 1e-9
     idle = [empty_batch(WIDE)] if workers.rank else [batches[0]]
-    trainer.backward(together, idle[0], 0.5, workers)
-    trainer.backward(alone.train(), batches[0], 0.5, launch.Workers())
+    steps.backward(together, idle[0], steps.Objective(0.5), workers)
+    steps.backward(alone.train(), batches[0], steps.Objective(0.5), launch.Workers())
     for left, right in zip(alone.parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(left.grad, right.grad, rtol=1e-2, atol=1e-4)
     assert workers.gather([] if workers.rank else [1.0, 2.0]).tolist() == [1.0, 2.0]
     assert workers.allreduce_max(workers.rank) == 1.0
     norm = nn.BatchNorm1d(1)
     norm.running_mean.fill_(float(workers.rank))
-    trainer.average_statistics(norm, workers, 3)
+    steps.average_statistics(norm, workers, 3)
     assert (norm.running_mean.item(), norm.running_var.item()) == pytest.approx((0.5, 1.25))
     exact = [p.grad.clone() for p in together.parameters()]
-    trainer.backward(together, idle[0], 0.5, workers, half=True)
+    steps.backward(together, idle[0], steps.Objective(0.5, is_half=True), workers)
     for left, right in zip(exact, together.parameters(), strict=True):
         torch.testing.assert_close(right.grad, left, rtol=2e-3, atol=2e-4)
         assert not torch.equal(right.grad, left)
@@ -104,9 +112,14 @@ def one_rank(workers: launch.Workers, root: str) -> None:
     config = TrainingConfig(checkpoint_steps=1)
     try:
         trainer.fit(
-            network, opened.epoch, lambda: own, config, 0.5, workers, store,
-            report=lambda phase, epoch, step: seen.append(step), locate=opened.locate,
-        )  # fmt: skip
+            network,
+            trainer.Rows(opened.epoch, lambda: own, locate=opened.locate),
+            config,
+            steps.Objective(0.5),
+            workers,
+            store,
+            report=lambda phase, epoch, step: seen.append(step),
+        )
     finally:
         Path(root, f"steps-{workers.rank}").write_text(str(max(seen)))
 

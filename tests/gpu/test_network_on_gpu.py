@@ -9,7 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from couponflow.modelling import ModelConfig, TrainingConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, random_batch
 from couponflow.models.dien import Dien
-from couponflow.training import devices, trainer
+from couponflow.training import devices, steps, trainer
 from couponflow.training.launch import Workers
 from couponflow.training.progress import Progress, restore, snapshot
 
@@ -72,7 +72,11 @@ def test_training_on_the_gpu_learns_as_on_the_cpu(precision: str) -> None:
         given = {"device": device, "precision": precision, "max_epochs": 2, "patience": 2}
         config = TrainingConfig.model_validate(given)
         found[device] = trainer.fit(
-            network, lambda epoch: batches, lambda: batches[:1], config, 1.0, Workers()
+            network,
+            trainer.Rows(lambda epoch: batches, lambda: batches[:1]),
+            config,
+            steps.Objective(1.0),
+            Workers(),
         )
         assert devices.of(network) == torch.device("cpu")
     tolerance = 1e-3 if precision == "fp32" else 2e-2
@@ -85,7 +89,7 @@ def test_a_run_on_the_gpu_goes_on_where_it_stopped() -> None:
     network, batch = network_and_batch()
     network.cuda()
     optimiser = torch.optim.AdamW(network.parameters())
-    trainer.backward(network, batch, 1.0, Workers())
+    steps.backward(network, batch, steps.Objective(1.0), Workers())
     optimiser.step()
     tree = snapshot(network, optimiser, Progress(step=1), Workers())
     drawn = torch.rand(3, device="cuda")

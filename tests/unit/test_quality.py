@@ -41,7 +41,7 @@ SHORT = (*TINY, "source.num_users=80", "examples.train_start='2024-02-24'")
 
 @pytest.fixture(autouse=True)
 def _few_trees(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rungs._TREES, "max_iter", 5)
+    monkeypatch.setattr(rungs, "_TREES", rungs._TREES.model_copy(update={"max_trees": 5}))
 
 
 @pytest.fixture(scope="module")

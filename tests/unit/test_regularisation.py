@@ -13,7 +13,7 @@ from couponflow.config import Config
 from couponflow.modelling import ModelConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, feature_ids, random_batch
 from couponflow.models.dien import Dien
-from couponflow.training import preparation, trainer
+from couponflow.training import preparation, steps
 from couponflow.training.launch import Workers
 from couponflow.training.regularisation import MiniBatchAware, occurrences, penalty
 
@@ -137,9 +137,9 @@ def test_the_trainer_adds_its_gradient() -> None:
     batch = rows(8)
     plain, shrunk = (network() for _ in range(2))
     counts = occurrences([batch], RANDOM_SIZES, Workers())
-    trainer.backward(plain, batch, 1.0, Workers())
+    steps.backward(plain, batch, steps.Objective(1.0), Workers())
     regulariser = MiniBatchAware(shrunk.embeddings(), counts, 0.1, Workers())
-    trainer.backward(shrunk, batch, 1.0, Workers(), regulariser=regulariser)
+    steps.backward(shrunk, batch, steps.Objective(1.0, regulariser=regulariser), Workers())
     for name, table in shrunk.embeddings().items():
         share = torch.zeros(RANDOM_SIZES[name])
         seen = counts[name] > 0

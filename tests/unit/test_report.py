@@ -288,7 +288,7 @@ def make_fold() -> dict[str, Any]:
         "ratio_after": 1.14,
         "z_before": 4.1,
         "z_after": 1.9,
-        "by_campaign": {"8": wrong | {"z_after": 3.1}, "9": sound | {"z_after": -0.4}},
+        "by_campaign": {"10": sound | {"z_after": -0.4}, "9": wrong | {"z_after": 3.1}},
     }
 
 
@@ -546,7 +546,7 @@ def test_the_back_test_marks_a_month_that_was_expected_to_convert_twice_as_often
     text = _Page(report.render(make_inputs())).text
     dash = formats.DASH
     assert "2017-05-08 all 300 50 0.780 [0.700, 0.860] 1.64 ! 1.14" in text
-    assert f"8 200 30 {dash} 2.00 ! 1.30 ! 9 100 20 {dash} 1.10 0.90" in text
+    assert f"9 200 30 {dash} 2.00 ! 1.30 ! 10 100 20 {dash} 1.10 0.90" in text  # 9 before 10
     assert f"2017-01-20 all {dash} {dash} {dash} {dash} {dash}" in text  # no model yet
     assert (
         "Would it have been right before?"

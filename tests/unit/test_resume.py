@@ -13,7 +13,7 @@ from couponflow.errors import DataError
 from couponflow.modelling import ModelConfig, TrainingConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch
 from couponflow.models.dien import Dien
-from couponflow.training import progress, trainer
+from couponflow.training import progress, steps, trainer
 from couponflow.training.checkpoints import Identity, Store
 from couponflow.training.launch import Workers
 
@@ -52,13 +52,11 @@ def run(
     resumed = store.load() if store else None
     return trainer.fit(
         network,
-        lambda epoch: order(epoch, data),
-        lambda: held,
+        trainer.Rows(lambda epoch: order(epoch, data), lambda: held),
         config,
-        1.0,
+        steps.Objective(1.0),
         workers,
         store,
-        0.0,
         resumed,
         report,
     )
@@ -231,10 +229,9 @@ def test_a_rank_without_rows_resumes_too(tmp_path: Path) -> None:
 
         def work(workers: Workers) -> trainer.Fitted:
             batches = data[workers.rank]
-            return trainer.fit(
-                networks[workers.rank], lambda n: batches, lambda: HELD[0], CONFIG, 1.0, workers, store, 0.0,
-                store.load(),
-            )  # fmt: skip
+            rows = trainer.Rows(lambda n: batches, lambda: HELD[0])
+            network = networks[workers.rank]
+            return trainer.fit(network, rows, CONFIG, steps.Objective(1.0), workers, store, store.load())
 
         return run_ranks(2, work)
 

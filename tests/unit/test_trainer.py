@@ -14,7 +14,7 @@ from couponflow.errors import ConfigError, DataError
 from couponflow.modelling import ModelConfig, TrainingConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
 from couponflow.models.dien import Dien
-from couponflow.training import devices, metrics, trainer
+from couponflow.training import devices, metrics, steps, trainer
 from couponflow.training.launch import Workers
 
 WIDE = 5
@@ -122,13 +122,13 @@ def test_two_uneven_ranks_give_the_gradient_of_one() -> None:
     batch = make_batch(13, length=[0, 1, 5, 2, 7, 0, 3, 1, 1, 1, 9, 4, 2])
     parts = [batch.take([10, 2, 4]), batch.take([n for n in range(13) if n not in (10, 2, 4)])]
     whole = make_network()
-    sums = trainer.backward(whole, batch, 0.7, Workers())
+    sums = steps.backward(whole, batch, steps.Objective(0.7), Workers())
     expected = gradients(whole)
     networks = [make_network(), make_network()]  # made here: threads share torch's random state
 
     def work(workers: Workers) -> tuple[tuple, dict[str, Tensor]]:
         network = networks[workers.rank]
-        found = trainer.backward(network, parts[workers.rank], 0.7, workers)
+        found = steps.backward(network, parts[workers.rank], steps.Objective(0.7), workers)
         return found, gradients(network)
 
     results = run_ranks(2, work)
@@ -158,7 +158,7 @@ def test_golden_mean_over_ranks_is_sum_over_count() -> None:
     def work(workers: Workers) -> float:
         rows = losses[workers.rank].numel()
         batch = Batch(**(vars(make_batch(rows)) | {"label": torch.zeros(rows)}))
-        label_sum, count, *_ = trainer.backward(Fixed(workers.rank), batch, 0.0, workers)
+        label_sum, count, *_ = steps.backward(Fixed(workers.rank), batch, steps.Objective(0.0), workers)
         return label_sum / count
 
     assert run_ranks(2, work) == pytest.approx([1.75, 1.75])
@@ -182,12 +182,12 @@ def test_a_filler_batch_has_no_effect(kind: str) -> None:
 
     batch = make_batch(9)
     alone = build()
-    trainer.backward(alone.train(), batch, 1.0, Workers())
+    steps.backward(alone.train(), batch, steps.Objective(1.0), Workers())
     networks = [build().train(), build().train()]
 
     def work(workers: Workers) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         network = networks[workers.rank]
-        trainer.backward(network, empty_batch(WIDE) if workers.rank else batch, 1.0, workers)
+        steps.backward(network, empty_batch(WIDE) if workers.rank else batch, steps.Objective(1.0), workers)
         return gradients(network), {k: v.clone() for k, v in network.state_dict().items()}
 
     (gradient, _), (other, idle) = run_ranks(2, work)
@@ -203,7 +203,7 @@ def test_a_value_that_is_not_finite_stops_all_ranks_before_the_step(place: str) 
     good = make_batch(4)
     bad = Batch(**(vars(good) | {place: getattr(good, place).clone().fill_(float("nan"))}))
     with pytest.raises(DataError, match="not finite on rank 0"):
-        trainer.backward(make_network(), bad, 1.0, Workers())
+        steps.backward(make_network(), bad, steps.Objective(1.0), Workers())
     networks = [make_network(), make_network()]
 
     def work(workers: Workers) -> object:
@@ -212,12 +212,14 @@ def test_a_value_that_is_not_finite_stops_all_ranks_before_the_step(place: str) 
         with pytest.raises(DataError, match=r"not finite on rank 1 \(rows \[0, 1, 2, 3\] of 1\); no step"):
             trainer.fit(
                 network,
-                lambda epoch: [bad if workers.rank else good],
-                lambda: [good],
+                trainer.Rows(
+                    lambda epoch: [bad if workers.rank else good],
+                    lambda: [good],
+                    locate=lambda rows: f"rows {rows or [0, 1, 2, 3]} of {workers.rank}",
+                ),
                 TrainingConfig(),
-                1.0,
+                steps.Objective(1.0),
                 workers,
-                locate=lambda rows: f"rows {rows or [0, 1, 2, 3]} of {workers.rank}",
             )
         return all(torch.equal(before[k], v) for k, v in network.state_dict().items())
 
@@ -232,7 +234,9 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
         torch.manual_seed(5)
         network = Dien(config, RANDOM_SIZES, WIDE)
         training = TrainingConfig(max_epochs=3, patience=3)
-        return trainer.fit(network, lambda epoch: data, lambda: held, training, 1.0, Workers())
+        return trainer.fit(
+            network, trainer.Rows(lambda epoch: data, lambda: held), training, steps.Objective(1.0), Workers()
+        )
 
     one, two = once(), once()
     assert one.epochs == two.epochs
@@ -246,7 +250,9 @@ def test_mixed_precision_learns_the_same_with_weights_in_single_precision() -> N
     found = {}
     for name, one in {"fp32": config, "bf16": mixed}.items():
         network = make_network()
-        found[name] = trainer.fit(network, lambda epoch: data, lambda: held, one, 1.0, Workers())
+        found[name] = trainer.fit(
+            network, trainer.Rows(lambda epoch: data, lambda: held), one, steps.Objective(1.0), Workers()
+        )
         assert {value.dtype for value in network.parameters()} == {torch.float32}
     assert found["bf16"].epochs != found["fp32"].epochs, "precision changed nothing"
     assert found["bf16"].best.valid_auc == pytest.approx(found["fp32"].best.valid_auc, abs=0.02)
@@ -271,7 +277,11 @@ def test_learns_planted_signal_and_finds_none_in_noise() -> None:
         config = TrainingConfig(max_epochs=15, patience=15, learning_rate=0.02)
         data, held = split(learnable(512, 1, strength), 64), [learnable(1000, 2, strength)]
         return trainer.fit(
-            make_network(), lambda epoch: data, lambda: held, config, 0.0, Workers()
+            make_network(),
+            trainer.Rows(lambda epoch: data, lambda: held),
+            config,
+            steps.Objective(0.0),
+            Workers(),
         ).best.valid_auc
 
     assert best(3.0) > 0.85
@@ -287,14 +297,26 @@ def test_early_stop_keeps_the_earlier_of_equal_epochs() -> None:
         seen.append(epoch)
         return [make_batch(8)]
 
-    fitted = trainer.fit(make_network(), train, lambda: [make_batch(50, 2)], config, 0.0, Workers())
+    fitted = trainer.fit(
+        make_network(),
+        trainer.Rows(train, lambda: [make_batch(50, 2)]),
+        config,
+        steps.Objective(0.0),
+        Workers(),
+    )
     assert (fitted.best.epoch, len(fitted.epochs), seen) == (1, 3, [1, 2, 3])
 
 
 def test_the_best_weights_are_left_in_the_network() -> None:
     config = TrainingConfig(max_epochs=8, patience=8, learning_rate=0.5)  # overshoots
     network, held = make_network(), [learnable(200, 2)]
-    fitted = trainer.fit(network, lambda e: split(learnable(64, 1), 8), lambda: held, config, 0.0, Workers())
+    fitted = trainer.fit(
+        network,
+        trainer.Rows(lambda e: split(learnable(64, 1), 8), lambda: held),
+        config,
+        steps.Objective(0.0),
+        Workers(),
+    )
     logit, label = trainer.score(network, held, Workers())
     assert np.array_equal(logit, fitted.valid_logit)
     assert np.array_equal(label, fitted.valid_label)
@@ -309,12 +331,10 @@ def test_the_shift_of_sampled_rows_enters_the_validation_loss_only() -> None:
     plain, shifted = (
         trainer.fit(
             make_network(),
-            lambda e: split(learnable(64, 1), 8),
-            lambda: [held],
+            trainer.Rows(lambda e: split(learnable(64, 1), 8), lambda: [held], valid_shift=shift),
             config,
-            0.0,
+            steps.Objective(0.0),
             Workers(),
-            valid_shift=shift,
         )
         for shift in (0.0, -1.5)
     )
@@ -346,7 +366,7 @@ def test_only_the_row_without_a_finite_score_is_named() -> None:
     # inf times 0 in the first layer: the row has no score; tanh would squash inf alone.
     network.hidden.weight.data[:, 0] = 0.0
     with pytest.raises(DataError, match=r"loss is not finite on rank 0 \(rows \[4\]\)"):
-        trainer.backward(network, bad, 1.0, Workers(), lambda rows: f"rows {rows}")
+        steps.backward(network, bad, steps.Objective(1.0), Workers(), lambda rows: f"rows {rows}")
     assert network.training
 
 
@@ -362,7 +382,13 @@ def test_each_ranks_own_loss_is_in_the_curves() -> None:
     def work(workers: Workers) -> trainer.Fitted:
         held = [learnable(20, 5)]
         data = parts[workers.rank]
-        return trainer.fit(networks[workers.rank], lambda epoch: data, lambda: held, config, 0.0, workers)
+        return trainer.fit(
+            networks[workers.rank],
+            trainer.Rows(lambda epoch: data, lambda: held),
+            config,
+            steps.Objective(0.0),
+            workers,
+        )
 
     def mean(batches: list[Batch]) -> float:
         logit, label = trainer.score(make_network(), batches, Workers())
@@ -399,7 +425,13 @@ def test_plateaus_halve_the_learning_rate() -> None:
     def rates(plateau: int) -> list[float]:
         config = TrainingConfig(max_epochs=6, patience=9, learning_rate=1e-30, plateau_epochs=plateau)
         data = [make_batch(8)]
-        fitted = trainer.fit(make_network(), lambda epoch: data, lambda: data, config, 0.0, Workers())
+        fitted = trainer.fit(
+            make_network(),
+            trainer.Rows(lambda epoch: data, lambda: data),
+            config,
+            steps.Objective(0.0),
+            Workers(),
+        )
         return [epoch.learning_rate / 1e-30 for epoch in fitted.epochs]
 
     assert rates(0) == pytest.approx([1.0] * 6)
@@ -414,7 +446,9 @@ def test_the_rate_of_the_curve_is_the_rate_of_the_step() -> None:
     def moved(warmup: int) -> tuple[float, float]:
         network, start = make_network(), make_network()
         config = TrainingConfig(max_epochs=1, learning_rate=0.01, warmup_steps=warmup)
-        fitted = trainer.fit(network, lambda epoch: data, lambda: held, config, 0.0, Workers())
+        fitted = trainer.fit(
+            network, trainer.Rows(lambda epoch: data, lambda: held), config, steps.Objective(0.0), Workers()
+        )
         distance = (network.last.weight - start.last.weight).abs().max().item()
         return distance, fitted.best.learning_rate
 
@@ -428,9 +462,9 @@ def test_half_precision_travels_and_rounds_little() -> None:
     batch = make_batch(12)
     parts = [batch.take(list(range(5))), batch.take(list(range(5, 12)))]
     whole = make_network()
-    trainer.backward(whole, batch, 0.7, Workers(), half=True)  # one rank sends nothing
+    steps.backward(whole, batch, steps.Objective(0.7, is_half=True), Workers())  # one rank sends nothing
     exact = make_network()
-    trainer.backward(exact, batch, 0.7, Workers())
+    steps.backward(exact, batch, steps.Objective(0.7), Workers())
     assert all(torch.equal(value, gradients(exact)[name]) for name, value in gradients(whole).items())
     networks, sent = [make_network(), make_network()], []
 
@@ -441,7 +475,9 @@ def test_half_precision_travels_and_rounds_little() -> None:
 
     def work(workers: Threads) -> dict[str, Tensor]:
         workers.__class__ = Seen
-        trainer.backward(networks[workers.rank], parts[workers.rank], 0.7, workers, half=True)
+        steps.backward(
+            networks[workers.rank], parts[workers.rank], steps.Objective(0.7, is_half=True), workers
+        )
         return gradients(networks[workers.rank])
 
     left, right = run_ranks(2, work)
@@ -469,7 +505,7 @@ def test_running_statistics_are_those_of_the_mixture() -> None:
     def work(workers: Workers) -> tuple[Tensor, Tensor]:
         norm = nn.BatchNorm1d(3, momentum=None)
         norm(data[workers.rank])
-        trainer.average_statistics(norm, workers, len(data[workers.rank]))
+        steps.average_statistics(norm, workers, len(data[workers.rank]))
         return norm.running_mean, norm.running_var
 
     for mean, variance in run_ranks(2, work):
@@ -483,7 +519,7 @@ def test_a_rank_without_rows_does_not_dilute_the_statistics() -> None:
         if not workers.rank:
             norm.running_mean.fill_(4.0)
             norm.running_var.fill_(9.0)
-        trainer.average_statistics(norm, workers, 0 if workers.rank else 50)
+        steps.average_statistics(norm, workers, 0 if workers.rank else 50)
         return norm.running_mean.item(), norm.running_var.item()
 
     for found in run_ranks(2, work):
@@ -496,13 +532,17 @@ def test_validation_rows_that_cannot_be_judged_stop_the_run(held: list[Batch]) -
     held = [Batch(**(vars(batch) | {"wide": batch.wide * float("nan")})) for batch in held]
     with pytest.raises(DataError, match=f"{len(held) * 4} validation rows, 0 of them"):
         trainer.fit(
-            make_network(), lambda epoch: [make_batch(8)], lambda: held, TrainingConfig(), 0.0, Workers()
+            make_network(),
+            trainer.Rows(lambda epoch: [make_batch(8)], lambda: held),
+            TrainingConfig(),
+            steps.Objective(0.0),
+            Workers(),
         )
 
 
 def test_only_matrices_decay() -> None:
     network = make_network()
-    groups = trainer.parameter_groups(network, 0.1)
+    groups = steps.parameter_groups(network, 0.1)
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert decayed == {id(network.hidden.weight), id(network.last.weight)}
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
@@ -512,9 +552,8 @@ def test_no_training_rows_are_refused() -> None:
     with pytest.raises(DataError, match="none were fed"):
         trainer.fit(
             make_network(),
-            lambda epoch: [empty_batch(WIDE)],
-            lambda: [make_batch(4)],
+            trainer.Rows(lambda epoch: [empty_batch(WIDE)], lambda: [make_batch(4)]),
             TrainingConfig(),
-            0.0,
+            steps.Objective(0.0),
             Workers(),
         )

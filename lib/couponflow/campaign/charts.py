@@ -278,7 +278,8 @@ def draw_all(
             made[name] = _losses(name, title, series)
     if attention:
         text = "; ".join(
-            f"{row['name']}: {row['share']:.0%} on {row['events']} events" for row in attention["shares"]
+            f"{row['name']}: {row['share']:.0%} on {row['events']} event{'s' * (row['events'] != 1)}"
+            for row in attention["shares"]
         )
         labels = ("Events of the history, oldest first", "Share of the attention")
         made["attention"] = shares("attention", "Attention over a history", text, attention["bars"], labels)

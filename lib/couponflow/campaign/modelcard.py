@@ -245,7 +245,8 @@ def backtest(evaluation: Facts) -> list[dict[str, Any]]:
                 "interval": pair(fold.get("interval")),
                 **_expectation(fold),
                 "campaigns": [
-                    {"campaign": name, **_expectation(found)} for name, found in sorted(campaigns.items())
+                    {"campaign": name, **_expectation(campaigns[name])}
+                    for name in sorted(campaigns, key=lambda name: (len(name), name))  # 9 before 10
                 ],
             }
         )

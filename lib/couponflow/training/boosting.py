@@ -1,21 +1,32 @@
-"""Gradient-boosted trees on the aggregates: fitted by scikit-learn, kept as plain arrays.
+"""Gradient-boosted trees on the aggregates: fitted by LightGBM, kept as plain arrays.
 
-scikit-learn's histogram boosting is of LightGBM's family (leaf-wise growth on binned features). The number of
-trees is the one with the best validation log loss, so that the stored trees are those that were chosen.
+The number of trees is the one with the best validation log loss, so that the stored trees are those that were
+chosen; without any tree a row has the base rate.
 """
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from couponflow.errors import DataError
 from couponflow.modelling import BoostingConfig
+from couponflow.models.calibration import logit
 from couponflow.models.tabular import Trees
 from couponflow.training import metrics
 from couponflow.training.metrics import Floats
 
 log = logging.getLogger("couponflow")
+
+#: The base rate is given as a score of its own; one thread and one layout give the same trees everywhere.
+_FIXED = {
+    "objective": "binary",
+    "boost_from_average": False,
+    "deterministic": True,
+    "force_col_wise": True,
+    "num_threads": 1,
+    "verbosity": -1,
+}
 
 
 def fit_trees(
@@ -35,7 +46,7 @@ def fit_trees(
     Raises:
         DataError: one class only, no validation rows, or a value that is not finite.
     """
-    from sklearn.ensemble import HistGradientBoostingClassifier
+    import lightgbm
 
     wide, valid_wide = np.asarray(wide, np.float64), np.asarray(valid_wide, np.float64)
     if not np.isfinite(wide).all() or not np.isfinite(valid_wide).all():
@@ -46,47 +57,66 @@ def fit_trees(
             f"{len(valid_label)} validation rows; both classes and some validation rows are needed, "
             "widen the dates of the examples"
         )
-    model = HistGradientBoostingClassifier(
-        learning_rate=config.learning_rate,
-        max_iter=config.max_trees,
-        max_leaf_nodes=config.max_leaves,
-        min_samples_leaf=config.min_leaf_rows,
-        l2_regularization=config.l2,
-        early_stopping=True,
-        n_iter_no_change=config.patience,
-        tol=0.0,
-        scoring="loss",
-        random_state=seed,
+    base = logit(float(np.mean(label)))
+    rows = lightgbm.Dataset(wide, label, init_score=np.full(len(label), base))
+    judges = lightgbm.Dataset(
+        valid_wide, valid_label, reference=rows, init_score=np.full(len(valid_label), base + valid_shift)
     )
-    model.fit(wide, label, X_val=valid_wide, y_val=valid_label)
-    trees = stored(model, wide.shape[1])
+    model = lightgbm.train(
+        _FIXED
+        | {
+            "learning_rate": config.learning_rate,
+            "num_leaves": config.max_leaves,
+            "min_data_in_leaf": config.min_leaf_rows,
+            "lambda_l2": config.l2,
+            "seed": seed,
+        },
+        rows,
+        config.max_trees,
+        [judges],
+        callbacks=[lightgbm.early_stopping(config.patience, verbose=False)],
+    )
+    trees = stored(model, wide.shape[1], base)
     kept = best_length(trees, valid_wide, valid_label, valid_shift)
     log.info("boosted trees: %d of %d kept", kept, trees.roots.size)
     return shortened(trees, kept)
 
 
-def stored(model: Any, num_features: int) -> Trees:
-    """The trees of a fitted HistGradientBoostingClassifier for two classes and numeric features.
+class _Node(NamedTuple):
+    """A row of ``Trees`` in the making."""
 
-    A threshold of infinity (all that is not missing goes left) becomes the largest float.
+    feature: int = 0
+    threshold: float = 0.0
+    left: int = -1
+    right: int = -1
+    missing_left: int = 0
+    value: float = 0.0
+
+
+def stored(model: Any, num_features: int, baseline: float = 0.0) -> Trees:
+    """The trees of a LightGBM booster for two classes and numeric features; ``baseline`` is its init score.
+
+    Where training saw no missing value LightGBM reads one as 0, so it goes where 0 goes.
     """
-    nodes = [predictors[0].nodes for predictors in model._predictors]
-    sizes = [len(part) for part in nodes]
-    first = np.cumsum([0, *sizes[:-1]]) if sizes else np.zeros(0, np.int64)
-    flat = np.concatenate(nodes)
-    offset = np.repeat(first, sizes)
-    is_leaf = flat["is_leaf"].astype(bool)
-    return Trees(
-        baseline=float(np.ravel(model._baseline_prediction)[0]),
-        num_features=num_features,
-        roots=first,
-        feature=np.where(is_leaf, 0, flat["feature_idx"]),
-        threshold=np.nan_to_num(np.where(is_leaf, 0.0, flat["num_threshold"])),
-        left=np.where(is_leaf, -1, flat["left"].astype(np.int64) + offset),
-        right=np.where(is_leaf, -1, flat["right"].astype(np.int64) + offset),
-        missing_left=np.where(is_leaf, 0, flat["missing_go_to_left"]),
-        value=np.where(is_leaf, flat["value"], 0.0),
-    )
+    nodes: list[_Node] = []
+    roots = []
+    for tree in model.dump_model(num_iteration=-1)["tree_info"]:
+        roots.append(len(nodes))
+        waiting = [(tree["tree_structure"], -1, "left")]
+        while waiting:
+            part, parent, side = waiting.pop()
+            place = len(nodes)
+            if parent >= 0:
+                nodes[parent] = nodes[parent]._replace(**{side: place})
+            if "left_child" not in part:
+                nodes.append(_Node(value=part["leaf_value"]))
+                continue
+            threshold = part["threshold"]
+            is_left = part["default_left"] if part["missing_type"] == "NaN" else threshold >= 0.0
+            nodes.append(_Node(part["split_feature"], threshold, missing_left=int(is_left)))
+            waiting += [(part["right_child"], place, "right"), (part["left_child"], place, "left")]
+    columns = {name: np.array([getattr(node, name) for node in nodes]) for name in _Node._fields}
+    return Trees(baseline=baseline, num_features=num_features, roots=np.array(roots), **columns)
 
 
 def best_length(trees: Trees, wide: Floats, label: Floats, shift: float = 0.0) -> int:

@@ -145,7 +145,7 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
     from couponflow.models.bundle import Bundle
     from couponflow.models.calibration import Calibrator
     from couponflow.models.dien import Dien
-    from couponflow.training import trainer
+    from couponflow.training import steps, trainer
 
     settings = config.training
     if workers.size > 1:
@@ -167,17 +167,17 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
 
     fitted = trainer.fit(
         network,
-        train_feed.epoch,
-        valid_feed.epoch,
+        trainer.Rows(
+            train_feed.epoch, valid_feed.epoch, valid_shift=unsampled.correction, locate=train_feed.locate
+        ),
         settings,
-        config.model.auxiliary_weight,
+        steps.Objective(
+            config.model.auxiliary_weight, preparation.embedding_penalty(network, train_feed, config, workers)
+        ),
         workers,
         store,
-        unsampled.correction,
         resumed=resumed,
         report=report,
-        locate=train_feed.locate,
-        regulariser=preparation.embedding_penalty(network, train_feed, config, workers),
     )
     if fitted.train_rows != dataset.rows(_TRAIN):
         raise DataError(

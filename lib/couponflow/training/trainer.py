@@ -1,24 +1,22 @@
 """The training loop: iterables of batches in, best weights and curves out. Knows no files: checkpoints have a
 store of their own.
 
-Losses are global sums over global counts, whatever the ranks: rank r minimises
-``local_sum * ranks / global_count`` for the label loss and for the auxiliary loss, so that the average of the
-ranks' gradients is the gradient of the global means. Every rank must be given equally many batches; a batch
-of zero rows adds nothing. Gradients are dense, those of embeddings too: one exchange averages all of them.
+Every rank must be given equally many batches; a batch of zero rows adds nothing. What a step does is in
+``training.steps``.
 """
 
 import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from couponflow.errors import DataError
 from couponflow.modelling import TrainingConfig
@@ -27,55 +25,55 @@ from couponflow.training import devices, metrics
 from couponflow.training.checkpoints import Store
 from couponflow.training.launch import Workers
 from couponflow.training.progress import Epoch, Fitted, Progress, restore, snapshot
+from couponflow.training.steps import (
+    Locate,
+    Objective,
+    Output,
+    average_statistics,
+    backward,
+    nowhere,
+    parameter_groups,
+)
 
 log = logging.getLogger("couponflow")
 
 #: Called before each phase of a step, with the phase, the epoch and the step: ``load``, ``step``,
 #: ``checkpoint`` (once its content is written), ``validate``.
 Report = Callable[[str, int, int], None]
-#: Where rows of the batch that was fed last are stored; all of them when none is named.
-Locate = Callable[[Sequence[int]], str]
 
 
-class Output(Protocol):
-    """What a network returns for a batch; ``models.dien.Output`` is one."""
+@dataclass(frozen=True)
+class Rows:
+    """What a network is fitted on and judged by.
 
-    @property
-    def logits(self) -> Tensor:
-        """Float [B]."""
+    ``train(epoch)`` and ``valid()`` give this rank's batches, equally many on every rank and the same each
+    time that they are asked for. ``valid_shift`` is added to validation logits before their log loss: what
+    undoes sampled training rows, which validation has not. ``locate`` says where the rows of the batch that
+    was fed last are stored.
+    """
 
-    @property
-    def aux_sum(self) -> Tensor:
-        """Scalar sum of auxiliary losses."""
-
-    @property
-    def aux_count(self) -> Tensor:
-        """Scalar number of auxiliary pairs."""
+    train: Callable[[int], Iterable[Batch]]
+    valid: Callable[[], Iterable[Batch]]
+    valid_shift: float = 0.0
+    locate: Locate = nowhere
 
 
 def fit(
     network: nn.Module,
-    train: Callable[[int], Iterable[Batch]],
-    valid: Callable[[], Iterable[Batch]],
+    rows: Rows,
     config: TrainingConfig,
-    auxiliary_weight: float,
+    objective: Objective,
     workers: Workers,
     store: Store | None = None,
-    valid_shift: float = 0.0,
     resumed: dict[str, Any] | None = None,
     report: Report = lambda phase, epoch, step: None,
-    locate: Locate = lambda rows: "rows of unknown place",
-    regulariser: Callable[[Batch], Tensor] | None = None,
 ) -> Fitted:
     """Train until the validation log loss stops falling and leave the best weights in ``network``.
 
-    ``train(epoch)`` and ``valid()`` give this rank's batches, equally many on every rank and the same each
-    time that they are asked for. Ties keep the earlier epoch. ``valid_shift`` is added to validation
-    logits before their log loss: what undoes sampled training rows, which validation has not.
-    ``store`` receives the state at each epoch's end and every ``config.checkpoint_steps`` steps (rank 0);
-    ``resumed`` is such a state, from which the run goes on as if it had never stopped: the epoch's batches up
-    to there are read and passed over.
-    ``regulariser`` gives a term of the loss, the same on all ranks; no curve shows it.
+    Ties keep the earlier epoch. The config decides the precision of the objective. ``store`` receives the
+    state at each epoch's end and every ``config.checkpoint_steps`` steps (rank 0); ``resumed`` is such a
+    state, from which the run goes on as if it had never stopped: the epoch's batches up to there are read and
+    passed over.
     Collective: all ranks call it with the same arguments but for their batches. On one rank and one thread a
     run repeats bit for bit, resumed or not. The network trains on the device of the config and is left on
     the host.
@@ -96,6 +94,8 @@ def fit(
         if not workers.rank:
             log.info("resumed at epoch %d after %d steps of it", progress.epoch, progress.step)
     start = time.monotonic() - progress.seconds
+    is_half, is_mixed = config.gradient_compression == "fp16", config.precision == "bf16"
+    objective = replace(objective, is_half=is_half, is_mixed=is_mixed)
 
     def save() -> None:
         if store is None:
@@ -107,9 +107,7 @@ def fit(
             store.save(*where, tree, lambda: report("checkpoint", *where))
 
     def step(batch: Batch) -> tuple[float, ...]:
-        half = config.gradient_compression == "fp16"
-        is_mixed = config.precision == "bf16"
-        sums = backward(network, batch, auxiliary_weight, workers, locate, half, regulariser, is_mixed)
+        sums = backward(network, batch, objective, workers, rows.locate)
         nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
         rate = learning_rate(config, workers.size, progress.steps + 1, progress.rate_scale)
         for group in optimiser.param_groups:
@@ -118,10 +116,10 @@ def fit(
         return sums
 
     while not _is_over(progress, config):
-        num_rows = _train_epoch(network, train, config, workers, progress, step, save, report)
+        num_rows = _train_epoch(network, rows.train, config, workers, progress, step, save, report)
         report("validate", progress.epoch, 0)
-        logit, label = score(network, valid(), workers, lambda: report("validate", progress.epoch, 0))
-        _end_epoch(network, config, workers, progress, (logit, label, valid_shift), num_rows)
+        logit, label = score(network, rows.valid(), workers, lambda: report("validate", progress.epoch, 0))
+        _end_epoch(network, config, workers, progress, (logit, label, rows.valid_shift), num_rows)
         elapsed = time.monotonic() - start
         progress.next_epoch()
         save()
@@ -192,112 +190,6 @@ def learning_rate(config: TrainingConfig, num_ranks: int, steps: int, rate_scale
     return config.learning_rate * scale * rise * rate_scale
 
 
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two optimiser groups: matrices decay; embeddings, biases, norms and scalars do not."""
-    embeddings = {
-        id(parameter)
-        for module in network.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for parameter in network.parameters():
-        (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def backward(
-    network: nn.Module,
-    batch: Batch,
-    auxiliary_weight: float,
-    workers: Workers,
-    locate: Locate = lambda rows: "rows of unknown place",
-    half: bool = False,
-    regulariser: Callable[[Batch], Tensor] | None = None,
-    is_mixed: bool = False,
-) -> tuple[float, float, float, float, float, float]:
-    """Leave the gradient of the global loss in every parameter, the same on all ranks.
-
-    ``half``: gradients travel in half precision. ``is_mixed``: matrix products of the forward pass are in
-    bfloat16, and those of its gradients with them. Returns this step's global label loss sum, label weight,
-    auxiliary sum and auxiliary count, then this rank's own label loss sum and label weight.
-
-    Raises:
-        DataError: anything is not finite on any rank; raised on all ranks, no parameter has moved.
-    """
-    network.zero_grad(set_to_none=False)
-    batch = batch.to(devices.of(network))
-    with torch.autocast(batch.label.device.type, torch.bfloat16, enabled=is_mixed):
-        output = cast(Output, network(batch))
-    label_sum = (
-        F.binary_cross_entropy_with_logits(output.logits, batch.label, reduction="none") * batch.weight
-    ).sum()
-    parts = (label_sum, batch.weight.sum(), output.aux_sum, output.aux_count)
-    local = torch.stack([part.detach().double() for part in parts]).tolist()  # one wait for the device
-    sums = [float(value) for value in workers.allreduce_sum(local)]
-    if not np.isfinite(sums).all():
-        is_sound = bool(np.isfinite(local).all())
-        raise _not_finite("loss", "" if is_sound else _suspects(network, batch, locate), workers)
-    _, label_count, _, aux_count = sums
-    loss = label_sum * (workers.size / label_count) if label_count else label_sum * 0.0
-    if auxiliary_weight and aux_count:
-        loss = loss + output.aux_sum * (auxiliary_weight * workers.size / aux_count)
-    if regulariser is not None:
-        loss = loss + regulariser(batch)
-    if loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    parameters = list(network.parameters())
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    if half and workers.size > 1:
-        flat = flat.half()
-    is_sound = bool(torch.isfinite(flat).all())
-    # After averaging, a value that is not finite anywhere is not finite everywhere: one exchange does both.
-    flat = workers.average(flat)
-    if not torch.isfinite(flat).all():
-        raise _not_finite("gradient", "" if is_sound else _suspects(network, batch, locate), workers)
-    place = 0
-    for gradient in gradients:
-        gradient.copy_(flat[place : place + gradient.numel()].view_as(gradient))
-        place += gradient.numel()
-    return sums[0], label_count, sums[2], aux_count, local[0], local[1]
-
-
-def _suspects(network: nn.Module, batch: Batch, locate: Locate) -> str:
-    """Where the rows without a finite score are stored, or all of the batch if each row alone has one.
-
-    Scored in eval mode, in which rows do not touch each other, and with neutral running statistics: a bad row
-    has spoilt those of the step.
-    """
-    was_training = network.training
-    network.eval()
-    norms = _norms(network)
-    spoilt = [copy.deepcopy(norm.state_dict()) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-    with torch.no_grad():
-        logits = cast(Output, network(batch)).logits
-    for norm, state in zip(norms, spoilt, strict=True):
-        norm.load_state_dict(state)
-    network.train(was_training)
-    return locate(torch.nonzero(~torch.isfinite(logits)).reshape(-1).tolist())
-
-
-def _not_finite(what: str, suspects: str, workers: Workers) -> DataError:
-    """The same error on every rank, naming the ranks and rows it came from; collective."""
-    own = f"rank {workers.rank} ({suspects})\n" if suspects else ""
-    wrong = bytes(workers.gather(list(own.encode())).astype(np.uint8)).decode().splitlines()
-    return DataError(
-        f"{what} is not finite on {', '.join(wrong) or 'no rank alone'}; no step was taken and the last "
-        "checkpoint stays: check these rows, or lower training.learning_rate"
-    )
-
-
 def score(
     network: nn.Module,
     batches: Iterable[Batch],
@@ -320,29 +212,6 @@ def score(
             progress()
     network.train(was_training)
     return workers.gather(np.concatenate(logits)), workers.gather(np.concatenate(labels))
-
-
-def average_statistics(network: nn.Module, workers: Workers, num_rows: int) -> None:
-    """Give every rank the running statistics of all, so that what is saved is not rank 0's alone.
-
-    A rank counts by its rows of the epoch, ``num_rows``: one without data has learnt nothing. The variance of
-    the mixture is mean(var + mean^2) - mean(mean)^2. Collective.
-    """
-    if workers.size == 1:
-        return
-    share = num_rows * workers.size / workers.allreduce_sum(num_rows)[0]
-    for norm in _norms(network):
-        mean, variance = norm.running_mean, norm.running_var
-        if mean is None or variance is None:
-            continue
-        moments = torch.stack([mean, variance + mean**2]).double()
-        mixed = workers.average(moments * share)
-        mean.copy_(mixed[0])
-        variance.copy_((mixed[1] - mixed[0] ** 2).clamp_min(0.0))
-
-
-def _norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def _train_epoch(
