@@ -141,20 +141,37 @@ def test_a_worker_process_loads_the_bundle_once(spark: SparkSession, folder: Pat
 def test_rows_are_independent_of_batch_and_chunk(bundle: Bundle) -> None:
     users = packed_users(40)
     rows = pa.RecordBatch.from_pylist(users)
-    whole = scoring.score_rows(bundle, rows, "18", D0, 512)
+    whole = scoring.score_rows(bundle, rows, ["18"], D0, 512)
     assert whole.column("user_id").to_pylist() == [u["user_id"] for u in users]
     assert whole.schema.names == list(schemas.TABLES["predictions"].column_names)
     for chunk_rows, size in ((1, 40), (7, 40), (512, 1), (5, 13)):
         parts = [
-            scoring.score_rows(bundle, rows.slice(start, size), "18", D0, chunk_rows)
+            scoring.score_rows(bundle, rows.slice(start, size), ["18"], D0, chunk_rows)
             for start in range(0, 40, size)
         ]
         joined = pa.Table.from_batches(parts)
         for name in ("score", "conversion_probability"):
             # float32 sums of another shape of batch
             np.testing.assert_allclose(joined.column(name), whole.column(name), atol=1e-6, rtol=0)
-    assert scoring.score_rows(bundle, rows, "99", D0).num_rows == 0
-    assert scoring.score_rows(bundle, rows.slice(0, 0), "18", D0).num_rows == 0
+    assert scoring.score_rows(bundle, rows, ["99"], D0).num_rows == 0
+    assert scoring.score_rows(bundle, rows.slice(0, 0), ["18"], D0).num_rows == 0
+
+
+def test_many_campaigns_score_as_each_alone(bundle: Bundle) -> None:
+    """Users in their order, campaigns as given, a target that a user does not have left out."""
+    users = packed_users(30)
+    for user in users[::3]:
+        user["target_ids"] = ["17", "19"]
+    found = scoring.score_rows(
+        bundle, pa.RecordBatch.from_pylist(users), ["18", "99", "17"], D0, 7
+    ).to_pylist()
+    expected = {name: direct(bundle, users, name) for name in CAMPAIGNS}
+    pairs = [(u["user_id"], name) for u in users for name in ("18", "17") if name in u["target_ids"]]
+    assert [(row["user_id"], row["campaign_id"]) for row in found] == pairs
+    for row in found:
+        score, probability = expected[row["campaign_id"]][row["user_id"]]
+        assert row["score"] == pytest.approx(score, abs=1e-6)
+        assert row["conversion_probability"] == pytest.approx(probability, abs=1e-6)
 
 
 def test_a_bundle_is_checked_and_kept(bundle: Bundle, folder: Path, tmp_path: Path) -> None:

@@ -174,6 +174,23 @@ def test_blend_weighs_raw_logits_of_its_members() -> None:
 
 
 @pytest.mark.parametrize("kind", BUNDLES)
+@pytest.mark.parametrize("chunk_rows", [1, 7, 512])
+def test_many_targets_of_a_history_score_as_rows_of_their_own(kind: str, chunk_rows: int) -> None:
+    """Some histories are asked nothing, one most often, in no order."""
+    bundle, draw = BUNDLES[kind](), np.random.default_rng(0)
+    of = np.concatenate([draw.integers(0, BATCH.size, 40), np.full(9, 3)])
+    draw.shuffle(of)
+    asked = draw.integers(0, BATCH.size, of.size)
+    own = vars(BATCH.targets.take(asked))
+    expected = [bundle.logits(replace(BATCH.take(of[n : n + 1]), **{
+        name: tensor[n : n + 1] for name, tensor in own.items()
+    }))[0] for n in range(of.size)]  # fmt: skip
+    found = bundle.target_logits(BATCH, BATCH.targets.take(asked), of, chunk_rows)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert bundle.target_logits(BATCH, BATCH.targets.take([]), of[:0], chunk_rows).shape == (0,)
+
+
+@pytest.mark.parametrize("kind", BUNDLES)
 def test_logits_do_not_depend_on_chunks_order_or_mates(kind: str) -> None:
     bundle = BUNDLES[kind]()
     logits = bundle.logits(BATCH)

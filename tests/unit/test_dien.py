@@ -126,6 +126,18 @@ def test_more_padding_changes_nothing(variant: str) -> None:
     assert (before.aux_count > 0) == recurrent(made.config)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_history_is_read_once_for_many_targets(variant: str) -> None:
+    made, batch = trained(**VARIANTS[variant]), rows(6, length=[0, 5, 2, 12, 1, 7])
+    asked = rows(5, seed=3).targets
+    of = torch.tensor([3, 0, 3, 5, 2])
+    expected = made(replace(batch.take(of), **vars(asked))).logits
+    found = made.judge(made.read(batch).select(of), asked)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    nobody = made.read(batch).select(of[:0])
+    assert made.judge(nobody, asked.take([])).shape == (0,)
+
+
 def test_order_of_rows_and_members_is_irrelevant() -> None:
     made, batch = trained(), rows(8)
     order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])

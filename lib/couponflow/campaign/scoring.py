@@ -11,7 +11,7 @@ import json
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -137,71 +137,86 @@ def open_bundle(path: Path, sha256: str) -> "Bundle":
 
 
 def score_rows(
-    bundle: "Bundle", rows: pa.RecordBatch, campaign_id: str, run_date: date, chunk_rows: int = 512
+    bundle: "Bundle",
+    rows: pa.RecordBatch,
+    campaign_ids: Sequence[str],
+    run_date: date,
+    chunk_rows: int = 512,
 ) -> pa.RecordBatch:
-    """Score the campaign's target of each row of ``scoring_examples``; a pure function.
+    """Score the campaigns' targets of each row of ``scoring_examples``; a pure function.
 
-    Returns rows of ``predictions``, one per user whose ``target_ids`` names the campaign, in the order of
-    the input. Memory: ``chunk_rows`` decoded rows at a time, sorted by length, so that a chunk is padded to
-    its own longest history. A user's score does not depend on the rows beside him.
+    Returns rows of ``predictions``, one per user and campaign of ``campaign_ids`` that his ``target_ids``
+    name: users in the order of the input, campaigns in the order given. A history is decoded and read once
+    for all its targets. Memory: ``chunk_rows`` histories at a time, sorted by length, so that a chunk is
+    padded to its own longest. A user's score does not depend on the rows beside him.
 
     Raises:
         DataError: packed columns disagree with the declared sizes.
     """
     from couponflow.models import tabular
-    from couponflow.models.batch import decode
+    from couponflow.models.batch import decode, decode_targets
 
     columns = {name: rows.column(name).to_pylist() for name in _INPUT}
     users, histories = columns["user_id"], columns["history"]
     length = np.asarray(columns["length"], np.int64)
     if any(len(history) != _EVENT_BYTES * n for history, n in zip(histories, length, strict=True)):
         raise DataError("scoring_examples: length and history disagree; rebuild the examples")
-    targets: dict[int, bytes] = {}
-    wide: dict[int, bytes] = {}
+    asked: list[tuple[int, str, bytes, bytes]] = []
     for row, names in enumerate(columns["target_ids"]):
-        if campaign_id in names:
-            place = names.index(campaign_id)
-            sizes = columns["target_sizes"][row]
-            if len(sizes) != len(names) or len(columns["wide"][row]) != _WIDE_BYTES * len(names):
-                raise DataError("scoring_examples: targets and wide disagree; rebuild the examples")
-            first = _MEMBER_BYTES * sum(sizes[:place])
-            targets[row] = columns["targets"][row][first : first + _MEMBER_BYTES * sizes[place]]
-            wide[row] = columns["wide"][row][_WIDE_BYTES * place : _WIDE_BYTES * (place + 1)]
-    wanted = np.fromiter(targets, np.int64, len(targets))
-    logits = np.empty(len(wanted), np.float64)
-    types = np.empty(len(wanted), object)
-    by_length = np.argsort(length[wanted], kind="stable")
-    for start in range(0, len(wanted), chunk_rows):
-        places = by_length[start : start + chunk_rows]
-        chunk = wanted[places].tolist()
-        batch = decode([histories[r] for r in chunk], [targets[r] for r in chunk], [wide[r] for r in chunk])
-        logits[places] = bundle.logits(batch, chunk_rows)
-        types[places] = tabular.campaign_types(batch.wide.numpy())
+        if wanted := [name for name in campaign_ids if name in names]:
+            given = (names, columns["target_sizes"][row], columns["targets"][row], columns["wide"][row])
+            asked += [(row, name, *_target_of(name, *given)) for name in wanted]
+    history_row = np.fromiter((row for row, *_ in asked), np.int64, len(asked))
+    targets = decode_targets([target for *_, target, _ in asked], [wide for *_, wide in asked])
+    logits = np.empty(len(asked), np.float64)
+    by_length = np.argsort(length, kind="stable")
+    for start in range(0, len(by_length), chunk_rows):
+        own = by_length[start : start + chunk_rows]
+        place = np.full(len(length), -1)
+        place[own] = np.arange(len(own))
+        pairs = np.flatnonzero(place[history_row] >= 0)
+        if pairs.size:
+            batch = decode([histories[row] for row in own.tolist()])
+            chunk = targets.take(pairs)
+            logits[pairs] = bundle.target_logits(batch, chunk, place[history_row[pairs]], chunk_rows)
+    types = tabular.campaign_types(targets.wide.numpy()) if asked else np.zeros(0, object)
     with np.errstate(over="ignore"):  # exp of a large negative logit: the score is 0, as it should be
         score = 1.0 / (1.0 + np.exp(-logits))
-    size = len(wanted)
+    campaigns = pa.array([name for _, name, *_ in asked], pa.string())
     arrays = [
-        pa.array([campaign_id] * size, pa.string()),
-        pa.array([run_date] * size, pa.date32()),
-        pa.array([users[row] for row in wanted.tolist()], pa.string()),
-        pa.array([campaign_id] * size, pa.string()),
-        pa.array([bundle.model_version] * size, pa.string()),
+        campaigns,
+        pa.array([run_date] * len(asked), pa.date32()),
+        pa.array([users[row] for row in history_row.tolist()], pa.string()),
+        campaigns,
+        pa.array([bundle.model_version] * len(asked), pa.string()),
         pa.array(score, pa.float64()),
         pa.array(bundle.probabilities(logits, types), pa.float64()),
-        pa.array(length[wanted] == 0, pa.bool_()),
+        pa.array(length[history_row] == 0, pa.bool_()),
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=_OUTPUT)
+
+
+def _target_of(
+    campaign_id: str, names: list[str], sizes: list[int], targets: bytes, wide: bytes
+) -> tuple[bytes, bytes]:
+    """Members and aggregates of one of the targets that a row has packed."""
+    place = names.index(campaign_id)
+    if len(sizes) != len(names) or len(wide) != _WIDE_BYTES * len(names):
+        raise DataError("scoring_examples: targets and wide disagree; rebuild the examples")
+    first = _MEMBER_BYTES * sum(sizes[:place])
+    last = first + _MEMBER_BYTES * sizes[place]
+    return targets[first:last], wide[_WIDE_BYTES * place : _WIDE_BYTES * (place + 1)]
 
 
 def score_users(
     examples: DataFrame,
     shipped: ShippedBundle,
-    campaign_id: str,
+    campaign_ids: Sequence[str],
     run_date: date,
     chunk_rows: int,
     loads: "Accumulator[int] | None" = None,
 ) -> DataFrame:
-    """Rows of ``predictions`` for every row of ``scoring_examples`` whose targets name the campaign.
+    """Rows of ``predictions`` for every row of ``scoring_examples`` and each of the campaigns that it names.
 
     Lazy. ``loads`` counts how often a worker process has loaded the bundle. A small table may lie in one
     file, so rows are spread over the cores first, by user; no score depends on where a row goes.
@@ -212,7 +227,7 @@ def score_users(
     work = partial(
         _score_batches,
         shipped=shipped,
-        campaign_id=campaign_id,
+        campaign_ids=tuple(campaign_ids),
         run_date=run_date,
         chunk_rows=chunk_rows,
         loads=loads,
@@ -317,7 +332,7 @@ def scored(
     loads = spark.sparkContext.accumulator(0)
     rows_before = spark.conf.get(_BATCH_ROWS)
     spark.conf.set(_BATCH_ROWS, str(section.arrow_batch_rows))
-    predictions = score_users(examples, shipped, campaign_id, run_date, section.chunk_rows, loads)
+    predictions = score_users(examples, shipped, [campaign_id], run_date, section.chunk_rows, loads)
     try:
         started = perf_counter()
         predictions.persist()
@@ -341,7 +356,7 @@ def scored(
 def _score_batches(
     batches: Iterator[pa.RecordBatch],
     shipped: ShippedBundle,
-    campaign_id: str,
+    campaign_ids: Sequence[str],
     run_date: date,
     chunk_rows: int,
     loads: "Accumulator[int] | None",
@@ -352,7 +367,7 @@ def _score_batches(
             bundle = open_bundle(Path(SparkFiles.get(shipped.file_name)), shipped.sha256)
             if is_new and loads is not None:
                 loads.add(1)
-            yield score_rows(bundle, rows, campaign_id, run_date, chunk_rows)
+            yield score_rows(bundle, rows, campaign_ids, run_date, chunk_rows)
 
 
 def _as_ours(error: PySparkException, campaign_id: str, run_date: date) -> CouponflowError:

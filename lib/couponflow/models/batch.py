@@ -28,6 +28,25 @@ _IDS = _HISTORY - 1  # every history field but the age is an id
 
 
 @dataclass(frozen=True, eq=False)
+class Targets:
+    """What rows ask of histories: ``cand_*`` int64 [B,K] and ``wide`` float32 [B,F], as in ``Batch``."""
+
+    cand_item: Tensor
+    cand_category: Tensor
+    cand_shop: Tensor
+    wide: Tensor
+
+    def take(self, index: Tensor | Array | Sequence[int]) -> "Targets":
+        """The named rows in the named order; members keep their padding."""
+        rows = torch.as_tensor(index, dtype=torch.int64, device=self.wide.device)
+        return Targets(**{field.name: getattr(self, field.name)[rows] for field in fields(Targets)})
+
+    def to(self, device: torch.device | str) -> "Targets":
+        """The same rows on another device."""
+        return Targets(**{field.name: getattr(self, field.name).to(device) for field in fields(Targets)})
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Rows of one step, as tensors.
 
@@ -63,11 +82,16 @@ class Batch:
         steps = torch.arange(self.hist_item.shape[1], device=self.length.device)
         return steps < self.length[:, None]
 
+    @property
+    def targets(self) -> Targets:
+        """What each row asks of its own history."""
+        return Targets(**{field.name: getattr(self, field.name) for field in fields(Targets)})
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same rows on another device."""
         return self._map(lambda tensor: tensor.to(device))
 
-    def take(self, index: Tensor | Sequence[int]) -> "Batch":
+    def take(self, index: Tensor | Array | Sequence[int]) -> "Batch":
         """The named rows in the named order, trimmed to their longest history.
 
         ``index`` holds row positions; members keep their padding.
@@ -85,8 +109,8 @@ class Batch:
 
 def decode(
     history: Sequence[bytes],
-    target: Sequence[bytes],
-    wide: Sequence[bytes],
+    target: Sequence[bytes] | None = None,
+    wide: Sequence[bytes] | None = None,
     negatives: Sequence[bytes] | None = None,
     label: Sequence[float] | None = None,
     weight: Sequence[float] | None = None,
@@ -94,7 +118,8 @@ def decode(
     """Unpack example columns into a batch; training and scoring call this and nothing else.
 
     Order: rows and events keep their order; padding goes to the end of each row.
-    Missing: without ``negatives`` none counts as drawn; ``label`` defaults to 0, ``weight`` to 1.
+    Missing: without ``target`` and ``wide`` the rows are histories alone; without ``negatives`` none counts
+        as drawn; ``label`` defaults to 0, ``weight`` to 1.
 
     Raises:
         DataError: columns disagree in rows, a value is no whole number of records, negatives are not
@@ -110,8 +135,7 @@ def decode(
     events, length = _records("history", history, _HISTORY)
     _refuse("history", "holds id 0", length, (events[:, :_IDS] < layouts.OOV).any(1))
     _refuse("history", "holds an event after as_of", length, events[:, _IDS] < 0)
-    members, num_members = _records("target", target, _TARGET)
-    _refuse("target", "holds a negative id", num_members, (members < 0).any(1))
+    asked = decode_targets([b""] * size if target is None else target, [b""] * size if wide is None else wide)
     if negatives is None:
         drawn = np.zeros((events.shape[0], _NEGATIVE), np.int32)
     else:
@@ -125,7 +149,6 @@ def decode(
 
     item, category, shop, event_type, age = (_pad(events[:, n], length) for n in range(_HISTORY))
     neg_item, neg_category = (_pad(drawn[:, n], length) for n in range(_NEGATIVE))
-    cand_item, cand_category, cand_shop = (_pad(members[:, n], num_members) for n in range(_TARGET))
     return Batch(
         hist_item=torch.from_numpy(item),
         hist_category=torch.from_numpy(category),
@@ -135,31 +158,49 @@ def decode(
         neg_item=torch.from_numpy(neg_item),
         neg_category=torch.from_numpy(neg_category),
         length=torch.from_numpy(length),
-        cand_item=torch.from_numpy(cand_item),
-        cand_category=torch.from_numpy(cand_category),
-        cand_shop=torch.from_numpy(cand_shop),
-        wide=torch.from_numpy(decode_wide(wide)),
+        cand_item=asked.cand_item,
+        cand_category=asked.cand_category,
+        cand_shop=asked.cand_shop,
+        wide=asked.wide,
         label=torch.from_numpy(np.zeros(size, np.float32) if label is None else _floats(label)),
         weight=torch.from_numpy(np.ones(size, np.float32) if weight is None else _floats(weight)),
     )
 
 
-def feature_ids(batch: Batch) -> dict[str, tuple[Tensor, ...]]:
-    """The ids of the rows by field of the vocabulary, history and target, padding included."""
+def decode_targets(target: Sequence[bytes], wide: Sequence[bytes]) -> Targets:
+    """Unpack the columns that do not depend on the history; rows keep their order.
+
+    Raises:
+        DataError: columns disagree in rows, a target is no whole number of records or holds a negative id, or
+            an aggregate is not finite.
+    """
+    if len(target) != len(wide):
+        raise DataError(f"target has {len(target)} rows, wide {len(wide)}; rebuild the examples")
+    members, num_members = _records("target", target, _TARGET)
+    _refuse("target", "holds a negative id", num_members, (members < 0).any(1))
+    item, category, shop = (torch.from_numpy(_pad(members[:, n], num_members)) for n in range(_TARGET))
+    return Targets(item, category, shop, torch.from_numpy(decode_wide(wide)))
+
+
+def feature_ids(batch: Batch, targets: Targets | None = None) -> dict[str, tuple[Tensor, ...]]:
+    """The ids by field of the vocabulary, history and target (the rows' own by default), padding included."""
+    asked = batch.targets if targets is None else targets
     return {
-        "item": (batch.hist_item, batch.cand_item),
-        "category": (batch.hist_category, batch.cand_category),
-        "shop": (batch.hist_shop, batch.cand_shop),
+        "item": (batch.hist_item, asked.cand_item),
+        "category": (batch.hist_category, asked.cand_category),
+        "shop": (batch.hist_shop, asked.cand_shop),
         "event_type": (batch.hist_type,),
     }
 
 
-def beyond_vocabulary(batch: Batch, sizes: Mapping[str, int]) -> tuple[str, int] | None:
+def beyond_vocabulary(
+    batch: Batch, sizes: Mapping[str, int], targets: Targets | None = None
+) -> tuple[str, int] | None:
     """The first field whose largest id needs more ids than ``sizes`` has, and that id; None where all fit."""
     negatives = {"item": batch.neg_item, "category": batch.neg_category}
     columns = {
         name: (*tensors, negatives[name]) if name in negatives else tensors
-        for name, tensors in feature_ids(batch).items()
+        for name, tensors in feature_ids(batch, targets).items()
     }
     for name, tensors in columns.items():
         largest = max((int(tensor.max()) for tensor in tensors if tensor.numel()), default=0)

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import layouts
 from couponflow.modelling import ModelConfig
-from couponflow.models.batch import Array, Batch, beyond_vocabulary
+from couponflow.models.batch import Array, Batch, Targets, beyond_vocabulary
 from couponflow.models.calibration import IDENTITY, Calibrator
 from couponflow.models.dien import Dien
 from couponflow.models.tabular import FORMS, Tabular
@@ -85,40 +85,48 @@ class Bundle:
         return f"{self.kind}-{_fingerprint(self)[:12]}"
 
     def logits(self, batch: Batch, chunk_rows: int = 512) -> Array:
-        """Raw logits, float64 [B], in the order of the rows.
+        """Raw logits, float64 [B], of each row's target for its own history; as ``target_logits``."""
+        return self.target_logits(batch, batch.targets, np.arange(batch.size), chunk_rows)
 
-        A network runs in eval mode without gradients, on rows sorted by length in chunks of ``chunk_rows``
-        that are trimmed to their longest history; a row's logit does not depend on the other rows.
+    def target_logits(
+        self, histories: Batch, targets: Targets, history_row: Array, chunk_rows: int = 512
+    ) -> Array:
+        """Raw logits, float64 [R], of target r for the history of row ``history_row[r]``, in the given order.
+
+        A network runs in eval mode without gradients, on histories sorted by length in chunks of
+        ``chunk_rows`` that are trimmed to their longest, and reads each history once for all its targets; a
+        logit does not depend on the other rows.
 
         Raises:
-            DataError: the batch has another number of aggregates, or ids beyond the vocabulary.
+            DataError: there is another number of aggregates, or ids beyond the vocabulary.
         """
-        if batch.size == 0:
+        if len(history_row) == 0:
             return np.zeros(0, np.float64)
-        if batch.wide.shape[1] != len(self.wide_features):
+        if targets.wide.shape[1] != len(self.wide_features):
             raise DataError(
                 f"model {self.model_version} expects {len(self.wide_features)} aggregates, the batch has "
-                f"{batch.wide.shape[1]}; rebuild the examples"
+                f"{targets.wide.shape[1]}; rebuild the examples"
             )
         match self.model:
             case Blend():
-                members = sorted(self.model.members.items())
                 parts = [
-                    self.model.weights[kind] * member.logits(batch, chunk_rows) for kind, member in members
+                    self.model.weights[kind]
+                    * member.target_logits(histories, targets, history_row, chunk_rows)
+                    for kind, member in sorted(self.model.members.items())
                 ]
                 return np.asarray(np.sum(parts, axis=0) + self.model.intercept)
             case Dien():
-                self._check_ids(batch)
-                return _network_logits(self.model, batch, chunk_rows)
+                self._check_ids(histories, targets)
+                return _network_logits(self.model, histories, targets, np.asarray(history_row), chunk_rows)
             case _:
-                return self.model.logits(batch)
+                return self.model.logits(targets)
 
     def probabilities(self, logits: Array, types: Array | None = None) -> Array:
         """Calibrated P(conversion given send) of raw logits; ``types`` as in ``Calibrator.apply``."""
         return self.calibrator.apply(logits, types)
 
-    def _check_ids(self, batch: Batch) -> None:
-        if beyond := beyond_vocabulary(batch, self.vocabulary_sizes):
+    def _check_ids(self, histories: Batch, targets: Targets) -> None:
+        if beyond := beyond_vocabulary(histories, self.vocabulary_sizes, targets):
             name, largest = beyond
             raise DataError(
                 f"{name} id {largest} is beyond vocabulary {self.vocabulary_version} of model "
@@ -236,18 +244,32 @@ def _model(
     return network.eval()
 
 
-def _network_logits(network: Dien, batch: Batch, chunk_rows: int) -> Array:
+def _network_logits(
+    network: Dien, histories: Batch, targets: Targets, history_row: Array, chunk_rows: int
+) -> Array:
     was_training = network.training
     device = next(network.parameters()).device
-    order = torch.argsort(batch.length, stable=True)
-    logits = np.empty(batch.size, np.float64)
+    by_history = np.argsort(history_row, kind="stable")
+    num_asked = np.bincount(history_row, minlength=histories.size)
+    first = np.cumsum(num_asked) - num_asked
+    asked_rows = np.flatnonzero(num_asked)
+    shortest_first = asked_rows[np.argsort(histories.length.cpu().numpy()[asked_rows], kind="stable")]
+    logits = np.empty(len(history_row), np.float64)
     network.eval()
     try:
         with torch.inference_mode():
-            for start in range(0, batch.size, chunk_rows):
-                rows = order[start : start + chunk_rows]
-                chunk = batch.take(rows).to(device)
-                logits[rows.cpu().numpy()] = network(chunk).logits.double().cpu().numpy()
+            for start in range(0, len(shortest_first), chunk_rows):
+                rows = shortest_first[start : start + chunk_rows]
+                read = network.read(histories.take(rows).to(device))
+                # The n-th targets of all histories of the chunk together: no history twice in a pass.
+                for number in range(num_asked[rows].max()):
+                    places = np.flatnonzero(num_asked[rows] > number)
+                    asked = by_history[first[rows[places]] + number]
+                    own = read
+                    if len(places) < len(rows):
+                        own = read.select(torch.from_numpy(places).to(device))
+                    found = network.judge(own, targets.take(asked).to(device))
+                    logits[asked] = found.double().cpu().numpy()
     finally:
         network.train(was_training)
     return logits

@@ -10,7 +10,7 @@ Source: arXiv 1809.03672; target sets, aggregates beside the sequence and the wi
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from couponflow.errors import ConfigError
 from couponflow.lake import layouts
 from couponflow.modelling import ModelConfig
-from couponflow.models.batch import Batch
+from couponflow.models.batch import Batch, Targets
 from couponflow.models.encoders import build_encoder, recurrent
 from couponflow.models.layers import (
     MOMENTUM,
@@ -49,6 +49,24 @@ class Output(NamedTuple):
     logits: Tensor
     aux_sum: Tensor
     aux_count: Tensor
+
+
+class Histories(NamedTuple):
+    """What the network makes of histories before it knows what they are asked.
+
+    ``layout`` and ``mask`` [B,T] of the real steps, ``states`` [N,S] what the encoder reads, ``mean`` [B,D]
+    of the steps' inputs.
+    """
+
+    layout: Packing
+    mask: Tensor
+    states: Tensor
+    mean: Tensor
+
+    def select(self, row_R: Tensor) -> "Histories":
+        """The histories of the named rows, repeats allowed."""
+        layout, position_N = self.layout.select(row_R)
+        return Histories(layout, self.mask[row_R], self.states[position_N], self.mean[row_R])
 
 
 class Dien(nn.Module):
@@ -123,16 +141,22 @@ class Dien(nn.Module):
         without members and batches of zero or one row are legal; zero rows give zero sums with a gradient
         path to every parameter. In eval mode the auxiliary sum and count are 0.
         """
-        candidate = self._candidate(batch)
-        layout = packing(batch.length, batch.hist_item.shape[1])
-        content, steps = self._steps(batch, layout)
-        mean = layout.mean(steps)
-        states = steps if self.extraction is None else self.extraction(steps, layout)
-        aux_sum, aux_count = (states.new_zeros(()) for _ in range(2))
+        histories, content = self._read(batch)
+        aux_sum, aux_count = (histories.states.new_zeros(()) for _ in range(2))
         if self.training and self.auxiliary is not None:
-            aux_sum, aux_count = self._auxiliary(batch, layout, states, content)
-        interest, match = self.encoder(states, candidate, layout, batch.mask)
-        wide = (batch.wide.to(self.wide_mean.dtype) - self.wide_mean) / self.wide_sd
+            aux_sum, aux_count = self._auxiliary(batch, histories, content)
+        return Output(self.judge(histories, batch.targets), aux_sum, aux_count)
+
+    def read(self, batch: Batch) -> Histories:
+        """What every target of a user shares: only the histories of the batch are looked at."""
+        return self._read(batch)[0]
+
+    def judge(self, histories: Histories, targets: Targets) -> Tensor:
+        """Logits [B] of each row's target for the history of the same row."""
+        layout, mean = histories.layout, histories.mean
+        candidate = self._candidate(targets)
+        interest, match = self.encoder(histories.states, candidate, layout, histories.mask)
+        wide = (targets.wide.to(self.wide_mean.dtype) - self.wide_mean) / self.wide_sd
         features = [
             candidate,
             interest,
@@ -142,10 +166,10 @@ class Dien(nn.Module):
             wide,
             match,
         ]
-        logits = self.last(self.head(torch.cat(features, dim=1)))[:, 0]
+        logits = cast(Tensor, self.last(self.head(torch.cat(features, dim=1)))[:, 0])
         if self.wide_linear is not None:
             logits = logits + self.wide_linear(wide)[:, 0]
-        return Output(logits if logits.dtype == torch.float64 else logits.float(), aux_sum, aux_count)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     @torch.inference_mode()
     def attention(self, batch: Batch) -> Tensor | None:
@@ -205,14 +229,21 @@ class Dien(nn.Module):
             self.wide_linear.weight.copy_(coef[None, :])
         nn.init.constant_(self.last.bias, intercept)
 
-    def _candidate(self, batch: Batch) -> Tensor:
-        is_member = (batch.cand_item > 0) | (batch.cand_category > 0) | (batch.cand_shop > 0)
+    def _candidate(self, targets: Targets) -> Tensor:
+        is_member = (targets.cand_item > 0) | (targets.cand_category > 0) | (targets.cand_shop > 0)
         parts = [
-            embed_set(self.item, batch.cand_item),
-            embed_set(self.category, batch.cand_category),
-            embed_set(self.shop, batch.cand_shop),
+            embed_set(self.item, targets.cand_item),
+            embed_set(self.category, targets.cand_category),
+            embed_set(self.shop, targets.cand_shop),
         ]
         return torch.cat(parts, dim=1) / is_member.sum(1, keepdim=True).clamp_min(1)
+
+    def _read(self, batch: Batch) -> tuple[Histories, Tensor]:
+        """The histories, and the content part [N,E] of their steps."""
+        layout = packing(batch.length, batch.hist_item.shape[1])
+        content, steps = self._steps(batch, layout)
+        states = steps if self.extraction is None else self.extraction(steps, layout)
+        return Histories(layout, batch.mask, states, layout.mean(steps)), content
 
     def _steps(self, batch: Batch, layout: Packing) -> tuple[Tensor, Tensor]:
         """Content part [N,E] and full input [N,D] of every real step."""
@@ -231,14 +262,13 @@ class Dien(nn.Module):
     def _content(self, item: Tensor, category: Tensor) -> Tensor:
         return torch.cat([self.item(item), self.category(category)], dim=-1)
 
-    def _auxiliary(
-        self, batch: Batch, layout: Packing, states_NH: Tensor, content_NE: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _auxiliary(self, batch: Batch, histories: Histories, content_NE: Tensor) -> tuple[Tensor, Tensor]:
         assert self.auxiliary is not None
+        layout = histories.layout
         item_N, category_N = layout.pack(batch.neg_item), layout.pack(batch.neg_category)
         negative_NE = self._content(item_N, category_N)
         drawn_N = (item_N > 0) | (category_N > 0)
-        return auxiliary_sum_count(self.auxiliary, layout, states_NH, content_NE, negative_NE, drawn_N)
+        return auxiliary_sum_count(self.auxiliary, layout, histories.states, content_NE, negative_NE, drawn_N)
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -147,6 +147,13 @@ class Packing:
         sizes = torch.tensor(self.sizes, device=position_P.device, dtype=torch.int64)
         return position_P - sizes[self.step[position_P] - 1]
 
+    def select(self, row_R: Tensor) -> tuple["Packing", Tensor]:
+        """The packing of the named rows, repeats allowed, and the place here of each of its positions."""
+        length_B = torch.bincount(self.row, minlength=self.shape[0])
+        chosen = packing(length_B[row_R], self.shape[1])
+        position_BT = self.unpack(torch.arange(len(self.row), device=self.row.device))
+        return chosen, position_BT[row_R[chosen.row], chosen.step]
+
     def mean(self, value_ND: Tensor) -> Tensor:
         """Mean over each row's steps, [B,D]; zeros for an empty row."""
         total = kernels.row_sums(_at_least_float32(value_ND), self.sizes)

@@ -1,6 +1,6 @@
 """Models that read the aggregates alone, in the form in which a bundle keeps them: plain numbers, no pickle.
 
-Each has a ``kind``, ``logits(batch)`` and ``to_dict()``, whose JSON gives the model back exactly. A row is
+Each has a ``kind``, ``logits(rows)`` and ``to_dict()``, whose JSON gives the model back exactly. A row is
 scored by itself: no other row of the batch can change it by a bit.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from couponflow.errors import ConfigError
 from couponflow.lake import layouts
-from couponflow.models.batch import Array, Batch
+from couponflow.models.batch import Array, Batch, Targets
 
 #: Campaign types as the aggregates tell them; a campaign without a flag is of type ``other``.
 CAMPAIGN_TYPES = (
@@ -54,10 +54,10 @@ class Logistic:
         if len(shapes) != 1 or self.coef.ndim != 1 or not np.isfinite(numbers).all():
             raise ConfigError(f"logistic: shapes {shapes} differ or a number is not finite; train it again")
 
-    def logits(self, batch: Batch) -> Array:
+    def logits(self, rows: Batch | Targets) -> Array:
         """Float64 [B]."""
         sd = np.where(self.sd == 0.0, 1.0, self.sd)
-        standardised = (_wide(batch) - self.mean) / sd
+        standardised = (_wide(rows) - self.mean) / sd
         return np.asarray((standardised * self.coef).sum(axis=1) + self.intercept)
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,10 +81,10 @@ class Rate:
     def __post_init__(self) -> None:
         _check_finite("rate", [self.overall, *self.by_type.values()])
 
-    def logits(self, batch: Batch) -> Array:
+    def logits(self, rows: Batch | Targets) -> Array:
         """Float64 [B]."""
         known = [self.by_type.get(name, self.overall) for name in CAMPAIGN_TYPES]
-        return np.asarray(known, np.float64)[campaign_codes(_wide(batch))]
+        return np.asarray(known, np.float64)[campaign_codes(_wide(rows))]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, exact."""
@@ -114,9 +114,9 @@ class Rule:
         places = [layouts.WIDE_FEATURES.index(name) for name in names]
         return np.asarray((wide[:, places] * np.array([self.weights[name] for name in names])).sum(axis=1))
 
-    def logits(self, batch: Batch) -> Array:
+    def logits(self, rows: Batch | Targets) -> Array:
         """Float64 [B]."""
-        return self.slope * self.score(_wide(batch)) + self.intercept
+        return self.slope * self.score(_wide(rows)) + self.intercept
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form, exact."""
@@ -159,9 +159,9 @@ class Trees:
         if not is_sound or not ((self.feature >= 0) & (self.feature < self.num_features)).all():
             raise ConfigError("boosted: a node points outside the trees or the aggregates; train it again")
 
-    def logits(self, batch: Batch) -> Array:
+    def logits(self, rows: Batch | Targets) -> Array:
         """Float64 [B]: all rows walk all trees together, one level a step."""
-        return self.raw(_wide(batch))
+        return self.raw(_wide(rows))
 
     def raw(self, wide: Array) -> Array:
         """Float64 [B] of aggregates [B,F]; memory is B x trees node numbers."""
@@ -187,8 +187,8 @@ Tabular = Logistic | Rate | Rule | Trees
 FORMS: Mapping[str, type[Tabular]] = {form.kind: form for form in (Logistic, Rate, Rule, Trees)}
 
 
-def _wide(batch: Batch) -> Array:
-    return np.asarray(batch.wide.cpu().numpy(), np.float64)
+def _wide(rows: Batch | Targets) -> Array:
+    return np.asarray(rows.wide.cpu().numpy(), np.float64)
 
 
 def _hold(model: object, kind: type[np.generic], *names: str) -> None:
