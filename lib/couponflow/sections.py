@@ -279,7 +279,9 @@ class ScoringConfig(Section):
         "model version.",
     )
     arrow_batch_rows: int = Field(default=10_000, ge=1, description="Users per Arrow batch.")
-    chunk_rows: int = Field(default=512, ge=1, description="Users scored at once, sorted by history length.")
+    chunk_rows: int = Field(
+        default=2_048, ge=1, description="Users scored at once, sorted by history length. Lower: less memory."
+    )
 
 
 class SelectionConfig(Section):

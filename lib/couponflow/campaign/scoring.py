@@ -18,10 +18,11 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark import Accumulator, SparkFiles
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
@@ -32,6 +33,8 @@ from couponflow.lake import layouts, schemas, storage, tables
 from couponflow.sections import ScoringConfig
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from couponflow.models.bundle import Bundle
 
 _INPUT = ("user_id", "length", "history", "target_ids", "target_sizes", "targets", "wide")
@@ -156,56 +159,104 @@ def score_rows(
     from couponflow.models import tabular
     from couponflow.models.batch import decode, decode_targets
 
-    columns = {name: rows.column(name).to_pylist() for name in _INPUT}
-    users, histories = columns["user_id"], columns["history"]
-    length = np.asarray(columns["length"], np.int64)
-    if any(len(history) != _EVENT_BYTES * n for history, n in zip(histories, length, strict=True)):
+    length = rows.column("length").to_numpy(zero_copy_only=False).astype(np.int64)
+    histories = _Bytes(rows.column("history"))
+    if (histories.sizes != _EVENT_BYTES * length).any():
         raise DataError("scoring_examples: length and history disagree; rebuild the examples")
-    asked: list[tuple[int, str, bytes, bytes]] = []
-    for row, names in enumerate(columns["target_ids"]):
-        if wanted := [name for name in campaign_ids if name in names]:
-            given = (names, columns["target_sizes"][row], columns["targets"][row], columns["wide"][row])
-            asked += [(row, name, *_target_of(name, *given)) for name in wanted]
-    history_row = np.fromiter((row for row, *_ in asked), np.int64, len(asked))
-    targets = decode_targets([target for *_, target, _ in asked], [wide for *_, wide in asked])
-    logits = np.empty(len(asked), np.float64)
+    asked = _asked(rows, campaign_ids)
+    targets = decode_targets(asked.members, asked.wide)
+    logits = np.empty(len(asked.row), np.float64)
     by_length = np.argsort(length, kind="stable")
     for start in range(0, len(by_length), chunk_rows):
         own = by_length[start : start + chunk_rows]
         place = np.full(len(length), -1)
         place[own] = np.arange(len(own))
-        pairs = np.flatnonzero(place[history_row] >= 0)
+        pairs = np.flatnonzero(place[asked.row] >= 0)
         if pairs.size:
             batch = decode([histories[row] for row in own.tolist()])
-            chunk = targets.take(pairs)
-            logits[pairs] = bundle.target_logits(batch, chunk, place[history_row[pairs]], chunk_rows)
-    types = tabular.campaign_types(targets.wide.numpy()) if asked else np.zeros(0, object)
+            of = place[asked.row[pairs]]
+            logits[pairs] = bundle.target_logits(batch, targets.take(pairs), of, chunk_rows)
+    types = tabular.campaign_types(targets.wide.numpy()) if asked.row.size else np.zeros(0, object)
     with np.errstate(over="ignore"):  # exp of a large negative logit: the score is 0, as it should be
         score = 1.0 / (1.0 + np.exp(-logits))
-    campaigns = pa.array([name for _, name, *_ in asked], pa.string())
+    campaigns = pa.array(np.asarray(campaign_ids, object)[asked.campaign], pa.string())
     arrays = [
         campaigns,
-        pa.array([run_date] * len(asked), pa.date32()),
-        pa.array([users[row] for row in history_row.tolist()], pa.string()),
+        pa.array([run_date] * asked.row.size, pa.date32()),
+        rows.column("user_id").take(pa.array(asked.row)),
         campaigns,
-        pa.array([bundle.model_version] * len(asked), pa.string()),
+        pa.array([bundle.model_version] * asked.row.size, pa.string()),
         pa.array(score, pa.float64()),
         pa.array(bundle.probabilities(logits, types), pa.float64()),
-        pa.array(length[history_row] == 0, pa.bool_()),
+        pa.array(length[asked.row] == 0, pa.bool_()),
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=_OUTPUT)
 
 
-def _target_of(
-    campaign_id: str, names: list[str], sizes: list[int], targets: bytes, wide: bytes
-) -> tuple[bytes, bytes]:
-    """Members and aggregates of one of the targets that a row has packed."""
-    place = names.index(campaign_id)
-    if len(sizes) != len(names) or len(wide) != _WIDE_BYTES * len(names):
+class _Bytes:
+    """A binary column as views into its buffer: a Python object is made only for what is read.
+
+    ``start`` and ``sizes`` [N] in bytes.
+    """
+
+    def __init__(self, column: pa.Array) -> None:
+        """Of a column of type binary."""
+        _, offsets, content = column.buffers()
+        self.content = memoryview(content or b"")
+        bounds = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+        self.start, self.sizes = bounds[:-1].astype(np.int64), np.diff(bounds).astype(np.int64)
+
+    def __getitem__(self, row: int) -> memoryview:
+        """The value of a row."""
+        return self.content[self.start[row] : self.start[row] + self.sizes[row]]
+
+    def parts(self, start: "NDArray[np.int64]", sizes: "NDArray[np.int64]") -> list[memoryview]:
+        """Ranges of bytes of the whole column."""
+        ends = (start + sizes).tolist()
+        return [self.content[first:last] for first, last in zip(start.tolist(), ends, strict=True)]
+
+
+class _Asked(NamedTuple):
+    """Pairs of row and campaign, row by row: both places [R], members and aggregates of the target."""
+
+    row: "NDArray[np.int64]"
+    campaign: "NDArray[np.int64]"
+    members: list[memoryview]
+    wide: list[memoryview]
+
+
+def _asked(rows: pa.RecordBatch, campaign_ids: Sequence[str]) -> _Asked:
+    """Find the campaigns among the targets that each row has packed.
+
+    Raises:
+        DataError: the packed columns of a row disagree.
+    """
+    names, num_members = rows.column("target_ids"), rows.column("target_sizes")
+    targets, wide = _Bytes(rows.column("targets")), _Bytes(rows.column("wide"))
+    num_targets = names.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    sizes = num_members.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+    is_sound = np.array_equal(num_members.value_lengths().to_numpy(zero_copy_only=False), num_targets)
+    first = np.cumsum(num_targets) - num_targets  # of each row, among all targets
+    before = np.concatenate([[0], np.cumsum(sizes)])  # members before each target
+    if is_sound:
+        members_of_row = before[first + num_targets] - before[first]
+        is_sound = bool((targets.sizes == _MEMBER_BYTES * members_of_row).all())
+    if not is_sound or (wide.sizes != _WIDE_BYTES * num_targets).any():
         raise DataError("scoring_examples: targets and wide disagree; rebuild the examples")
-    first = _MEMBER_BYTES * sum(sizes[:place])
-    last = first + _MEMBER_BYTES * sizes[place]
-    return targets[first:last], wide[_WIDE_BYTES * place : _WIDE_BYTES * (place + 1)]
+    known = pc.index_in(names.flatten(), value_set=pa.array(campaign_ids, pa.string()))
+    campaign = known.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    place = np.flatnonzero(campaign >= 0)
+    row = np.repeat(np.arange(len(num_targets)), num_targets)[place]
+    order = np.lexsort((campaign[place], row))
+    place, row = place[order], row[order]
+    members = targets.parts(
+        targets.start[row] + _MEMBER_BYTES * (before[place] - before[first[row]]),
+        _MEMBER_BYTES * sizes[place],
+    )
+    aggregates = wide.parts(
+        wide.start[row] + _WIDE_BYTES * (place - first[row]), np.full(len(row), _WIDE_BYTES)
+    )
+    return _Asked(row, campaign[place], members, aggregates)
 
 
 def score_users(

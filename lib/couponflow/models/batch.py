@@ -6,7 +6,7 @@ out of vocabulary. Packed layouts are declared in ``lake.schemas``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from couponflow.errors import DataError
 from couponflow.lake import layouts
 
 Array = np.ndarray[Any, np.dtype[Any]]
+#: A packed value; a view saves copying it out of its column.
+Packed = bytes | memoryview
 MINUTES_PER_DAY = 1440.0
 #: Vocabulary sizes of ``random_batch``; tests build their network with the same ones.
 RANDOM_SIZES: dict[str, int] = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
@@ -39,7 +41,9 @@ class Targets:
     def take(self, index: Tensor | Array | Sequence[int]) -> "Targets":
         """The named rows in the named order; members keep their padding."""
         rows = torch.as_tensor(index, dtype=torch.int64, device=self.wide.device)
-        return Targets(**{field.name: getattr(self, field.name)[rows] for field in fields(Targets)})
+        return Targets(
+            **{field.name: getattr(self, field.name).index_select(0, rows) for field in fields(Targets)}
+        )
 
     def to(self, device: torch.device | str) -> "Targets":
         """The same rows on another device."""
@@ -97,21 +101,27 @@ class Batch:
         ``index`` holds row positions; members keep their padding.
         """
         rows = torch.as_tensor(index, dtype=torch.int64, device=self.length.device)
-        length = self.length[rows]
-        longest = int(length.max()) if rows.numel() else 0
-        picked = self._map(lambda tensor: tensor[rows])
-        stepwise = [field.name for field in fields(Batch) if field.name.startswith(("hist_", "neg_"))]
-        return replace(picked, **{name: getattr(picked, name)[:, :longest] for name in stepwise})
+        longest = int(self.length[rows].max()) if rows.numel() else 0
+        return Batch(
+            **{
+                field.name: (
+                    getattr(self, field.name)[:, :longest]
+                    if field.name.startswith(("hist_", "neg_"))
+                    else getattr(self, field.name)
+                ).index_select(0, rows)
+                for field in fields(Batch)
+            }
+        )
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return Batch(**{field.name: change(getattr(self, field.name)) for field in fields(Batch)})
 
 
 def decode(
-    history: Sequence[bytes],
-    target: Sequence[bytes] | None = None,
-    wide: Sequence[bytes] | None = None,
-    negatives: Sequence[bytes] | None = None,
+    history: Sequence[Packed],
+    target: Sequence[Packed] | None = None,
+    wide: Sequence[Packed] | None = None,
+    negatives: Sequence[Packed] | None = None,
     label: Sequence[float] | None = None,
     weight: Sequence[float] | None = None,
 ) -> Batch:
@@ -167,7 +177,7 @@ def decode(
     )
 
 
-def decode_targets(target: Sequence[bytes], wide: Sequence[bytes]) -> Targets:
+def decode_targets(target: Sequence[Packed], wide: Sequence[Packed]) -> Targets:
     """Unpack the columns that do not depend on the history; rows keep their order.
 
     Raises:
@@ -269,7 +279,7 @@ def random_batch(
     )
 
 
-def _records(name: str, values: Sequence[bytes], num_fields: int) -> tuple[Array, Array]:
+def _records(name: str, values: Sequence[Packed], num_fields: int) -> tuple[Array, Array]:
     """All records of a packed int32 column, [sum of lengths, num_fields], and the records per row."""
     num_bytes = np.fromiter(map(len, values), np.int64, len(values))
     width = 4 * num_fields
@@ -295,7 +305,7 @@ def _pad(flat: Array, length: Array) -> Array:
     return padded
 
 
-def decode_wide(values: Sequence[bytes]) -> Array:
+def decode_wide(values: Sequence[Packed]) -> Array:
     """Packed aggregates as float32 [N,F]; [0,0] without rows.
 
     Raises:
