@@ -31,7 +31,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.functions import pandas_udf
 
 from bench.run import Action, Claim, in_turns, median_ratio
-from couponflow.campaign import scoring
+from couponflow.campaign import scoring, shipping
 from couponflow.lake import layouts, tables
 from couponflow.sections import ScoringConfig, SparkConfig
 
@@ -131,19 +131,16 @@ def _plain(
     return found
 
 
-def udf_scores(examples: DataFrame, shipped: scoring.ShippedBundle, score: Score) -> DataFrame:
+def udf_scores(examples: DataFrame, shipped: shipping.ShippedBundle, score: Score) -> DataFrame:
     """``user_id`` and ``score`` by an iterator pandas UDF that keeps its model for all batches."""
-    from pyspark import SparkFiles
-
-    name, digest = shipped.file_name, shipped.sha256
 
     # Spark evaluates the hints, and there Series takes no argument.
     def scores(
-        batches: Iterator[tuple[pd.Series, ...]],  # type: ignore[type-arg]
-    ) -> Iterator[pd.Series]:  # type: ignore[type-arg]
+        batches: Iterator[tuple[pd.Series, ...]],  # type: ignore[type-arg]  # evaluated by Spark
+    ) -> Iterator[pd.Series]:  # type: ignore[type-arg]  # evaluated by Spark
         from couponflow.models.batch import decode
 
-        bundle = scoring.open_bundle(Path(SparkFiles.get(name)), digest)
+        bundle = shipping.on_worker(shipped)
         for columns in batches:
             batch = decode(*[column.tolist() for column in columns])
             yield pd.Series(1.0 / (1.0 + np.exp(-score(bundle, batch))))
@@ -152,7 +149,7 @@ def udf_scores(examples: DataFrame, shipped: scoring.ShippedBundle, score: Score
     return examples.select("user_id", made(*_COLUMNS).alias("score"))
 
 
-def ours(examples: DataFrame, shipped: scoring.ShippedBundle) -> DataFrame:
+def ours(examples: DataFrame, shipped: shipping.ShippedBundle) -> DataFrame:
     """What the score job computes."""
     return scoring.score_users(examples, shipped, ["0"], DAY, CHUNK).select("user_id", "score")
 
@@ -243,7 +240,7 @@ def _in_spark(
 
     save_bundle(make_bundle(), folder / "bundle")
     pq.write_table(rows(num_users), folder / "users.parquet")
-    shipped = scoring.ship_bundle(spark, folder / "bundle")
+    shipped = shipping.ship_bundle(spark, folder / "bundle")
     examples = spark.read.parquet(str(folder / "users.parquet")).repartition(2, "user_id").cache()
     few = examples.limit(num_users * FEW // USERS).repartition(2, "user_id").cache()
     frames = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pyspark.sql import SparkSession
 
-from couponflow.campaign import eligibility, scoring
+from couponflow.campaign import eligibility, publication
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Model, Overrides, Run, job_app, open_run
 from couponflow.lake import tables
 from couponflow.training import registry
@@ -16,16 +16,20 @@ app = job_app(__doc__)
 @tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Score every user of the master, check the scores, replace those of the day and campaign."""
-    section, day = job.config.scoring, job.run_date
-    examples = tables.read(spark, job.root_uri, "scoring_examples", job.dates)
-    users = eligibility.user_master(tables.read(spark, job.root_uri, "users"), day)
-    version = registry.resolve(job.root_uri, job.model or section.model)
+    root, section, day = job.root_uri, job.config.scoring, job.run_date
+    state = tables.version(spark, root, "scoring_examples")
+    examples = tables.read(spark, root, "scoring_examples", job.dates)
+    users = eligibility.user_master(tables.read(spark, root, "users"), day)
+    version = registry.resolve(root, job.model or section.model)
+    request = publication.Request(root, job.campaign, day, str(state), section)
+    known = tables.read_or_empty(spark, root, "predictions")
+    before = publication.last_predictions(known, job.campaign, day)
     with tempfile.TemporaryDirectory() as folder:
-        bundle = registry.fetch(job.root_uri, version, Path(folder))
-        with scoring.scored(examples, users, bundle, job.campaign, day, section) as (predictions, facts):
+        bundle = registry.fetch(root, version, Path(folder))
+        with publication.scored(request, examples, users, before, bundle) as (predictions, facts):
             job.facts.update(facts)
             job.rows["predictions"] = tables.overwrite(
-                predictions, job.root_uri, "predictions", job.dates, job.run_id, campaign_id=job.campaign
+                predictions, root, "predictions", job.dates, job.run_id, campaign_id=job.campaign
             )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from couponflow.config import Config
 from couponflow.entry import Run, log
 from couponflow.errors import ConflictError, DataError
-from couponflow.lake import erased, needles, runs
+from couponflow.lake import erased, needles, runs, storage
 from couponflow.lake.erased import Erased
 from couponflow.lake.needles import Needles
 from couponflow.sequences.records import PseudonymKey
@@ -63,6 +63,7 @@ def erase(spark: Any, job: Run, person: Person, dry_run: bool = False) -> dict[s
         DataError: a file or table cannot be read, or a raw file is named after the person.
     """
     from couponflow.campaign import erasing as lists
+    from couponflow.campaign import publication
     from couponflow.lake import erasure
 
     root = job.root_uri
@@ -87,6 +88,7 @@ def erase(spark: Any, job: Run, person: Person, dry_run: bool = False) -> dict[s
     if dry_run:
         return counts
     request.done("lists", handed)
+    storage.remove_folder(storage.join(root, *publication.PARTS))  # of runs that died; scored anew
     texts = needles.redact(root, person.needles, TEXT_KINDS, _OWN_STEP)
     request.done("texts", {"files": len(texts)})
     if counts or is_repeated:  # what the run that died has taken is not counted here

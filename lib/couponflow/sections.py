@@ -282,6 +282,27 @@ class ScoringConfig(Section):
     chunk_rows: int = Field(
         default=2_048, ge=1, description="Users scored at once, sorted by history length. Lower: less memory."
     )
+    part_users: int = Field(
+        default=1_000_000,
+        ge=1,
+        description="Users of a part. A run that was killed keeps its finished parts; lower loses less.",
+    )
+    max_row_change_share: Share = Field(
+        default=0.2,
+        description="Share by which the number of scored users may differ from the campaign's last scores.",
+    )
+    max_mean_ratio: float = Field(
+        default=4.0,
+        ge=1.0,
+        description="Factor by which the mean probability may differ from the rate of the rows that "
+        "calibrated the model, up or down.",
+    )
+    max_psi: float = Field(
+        default=0.25,
+        ge=0.0,
+        description="Population stability index allowed against the campaign's last scores; above .25 the "
+        "population counts as another one.",
+    )
 
 
 class SelectionConfig(Section):

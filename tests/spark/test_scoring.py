@@ -14,9 +14,9 @@ import torch
 from builders import D0, make_frame, make_row
 from pyspark.sql import DataFrame, SparkSession
 
-from couponflow.campaign import scoring
-from couponflow.errors import ConfigError, DataError
-from couponflow.lake import layouts, literals, schemas, storage
+from couponflow.campaign import gates, publication, scoring, shipping
+from couponflow.errors import ConfigError, DataError, InfraError
+from couponflow.lake import faults, layouts, literals, schemas, storage, tables
 from couponflow.modelling import ModelConfig
 from couponflow.models import tabular
 from couponflow.models.batch import RANDOM_SIZES, decode
@@ -96,15 +96,26 @@ def folder(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_spark_scores_equal_direct_scores(spark: SparkSession, bundle: Bundle, folder: Path) -> None:
+def request(tmp_path: Path, **over: Any) -> publication.Request:
+    return publication.Request(str(tmp_path / "lake"), "18", D0, "0", SECTION.model_copy(update=over))
+
+
+def master_of(spark: SparkSession, users: list[Packed]) -> DataFrame:
+    return literals.frame(spark, [(user["user_id"],) for user in users], "user_id string")
+
+
+def test_spark_scores_equal_direct_scores(
+    spark: SparkSession, bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
     users = packed_users(150)
     expected = direct(bundle, users, "18")
     assert expected != direct(bundle, users, "17")
-    master = literals.frame(spark, [(u["user_id"],) for u in users], "user_id string")
-    total_loads = 0
-    for partitions in (1, 5):
+    master, total_loads = master_of(spark, users), 0
+    for partitions, part_users in ((1, 1000), (5, 60)):
         examples = examples_frame(spark, users).repartition(partitions)
-        with scoring.scored(examples, master, folder, "18", D0, SECTION) as (predictions, facts):
+        asked = request(tmp_path, part_users=part_users)
+        with publication.scored(asked, examples, master, None, folder) as (predictions, facts):
+            assert facts["num_parts"] == (1 if part_users > 150 else 3)
             rows = {row.user_id: row for row in predictions.collect()}
             assert predictions.count() == len(rows)
         assert set(rows) == set(expected)
@@ -118,19 +129,20 @@ def test_spark_scores_equal_direct_scores(spark: SparkSession, bundle: Bundle, f
         assert (facts["model_version"], facts["kind"]) == (bundle.model_version, "dien")
         assert {(r.campaign_id, r.target_id, r.run_date) for r in rows.values()} == {("18", "18", D0)}
         total_loads += facts["bundle_loads"]
+        assert not list((tmp_path / "lake").rglob("*.parquet"))  # published: the parts are gone
     assert total_loads >= 1
 
 
 def test_a_worker_process_loads_the_bundle_once(spark: SparkSession, folder: Path) -> None:
     """Every batch of a process, in whatever task, gets the very same object."""
-    archive = scoring.pack_folder(folder)
+    archive = shipping.pack_folder(folder)
     path = folder.parent / "bundle.tar"
     path.write_bytes(archive)
     digest = storage.sha256(archive)
 
     def probe(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for _ in batches:
-            found = id(scoring.open_bundle(path, digest))
+            found = id(shipping.open_bundle(path, digest))
             yield pa.RecordBatch.from_pydict({"pid": [os.getpid()], "bundle": [found]})
 
     rows = spark.range(40).repartition(20).mapInArrow(probe, "pid long, bundle long").collect()
@@ -175,31 +187,77 @@ def test_many_campaigns_score_as_each_alone(bundle: Bundle) -> None:
 
 
 def test_a_bundle_is_checked_and_kept(bundle: Bundle, folder: Path, tmp_path: Path) -> None:
-    content = scoring.pack_folder(folder)
+    content = shipping.pack_folder(folder)
     copy = shutil.copytree(folder, tmp_path / "copy")
-    assert scoring.pack_folder(copy) == content
+    assert shipping.pack_folder(copy) == content
     archive = tmp_path / "bundle.tar"
     archive.write_bytes(content)
-    digest = scoring.storage.sha256(content)
+    digest = storage.sha256(content)
     threads = torch.get_num_threads()
     try:
-        opened = scoring.open_bundle(archive, digest)
+        opened = shipping.open_bundle(archive, digest)
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
     assert opened.model_version == bundle.model_version
     archive.write_bytes(b"gone")
-    assert scoring.open_bundle(archive, digest) is opened
+    assert shipping.open_bundle(archive, digest) is opened
     with pytest.raises(ConfigError, match="differs from what the driver has sent"):
-        scoring.open_bundle(archive, "0" * 64)
+        shipping.open_bundle(archive, "0" * 64)
 
 
-def test_other_vocabulary_or_malformed_examples_stop(spark: SparkSession, folder: Path) -> None:
+def test_the_udf_gives_the_scores_of_the_job(spark: SparkSession, bundle: Bundle, folder: Path) -> None:
+    """In any DataFrame, whatever its partitions."""
+    users = packed_users(40)
+    expected = direct(bundle, users, "17")
+    rows = [
+        (u["user_id"], u["history"], u["targets"][: 12 * u["target_sizes"][0]], u["wide"][: 4 * NUM_WIDE])
+        for u in users
+    ]
+    frame = literals.frame(spark, rows, "user_id string, history binary, target binary, wide binary")
+    made = scoring.score_udf(shipping.ship_bundle(spark, folder))
+    scores = frame.repartition(3).select("user_id", made("history", "target", "wide").alias("made"))
+    found = {row.user_id: row.made for row in scores.collect()}
+    assert set(found) == set(expected)
+    for user, (score, probability) in expected.items():
+        assert found[user].score == pytest.approx(score, abs=1e-6)
+        assert found[user].conversion_probability == pytest.approx(probability, abs=1e-6)
+
+
+def test_a_run_that_died_goes_on_with_what_is_finished(
+    spark: SparkSession, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three parts are written; the rerun computes the last one, and gives what one run gives."""
+    users = packed_users(50)
+    examples, master = examples_frame(spark, users), master_of(spark, users)
+    asked = request(tmp_path, part_users=20)
+    monkeypatch.setenv(faults.VARIABLE, "score@1:part:exc")
+    with (
+        pytest.raises(InfraError, match="on purpose"),
+        publication.scored(asked, examples, master, None, folder),
+    ):
+        raise AssertionError("nothing is lent")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "lake").rglob("*.parquet")}
+    assert {path.parent.name for path in kept} == {"part-00000", "part-00001"}
+    with publication.scored(asked, examples, master, None, folder) as (predictions, facts):
+        now = {path: path.stat().st_mtime_ns for path in (tmp_path / "lake").rglob("*.parquet")}
+        assert now.items() > kept.items()
+        assert facts["num_users"] == 50
+        resumed = tables.content_hash(predictions)
+    monkeypatch.delenv(faults.VARIABLE)
+    undisturbed = request(tmp_path / "other", part_users=20)
+    with publication.scored(undisturbed, examples, master, None, folder) as (predictions, _):
+        assert resumed == tables.content_hash(predictions)
+
+
+def test_other_vocabulary_or_malformed_examples_stop(
+    spark: SparkSession, folder: Path, tmp_path: Path
+) -> None:
     users = packed_users(6)
-    master = literals.frame(spark, [(u["user_id"],) for u in users], "user_id string")
+    master = master_of(spark, users)
 
     def attempt(examples: DataFrame) -> None:
-        with scoring.scored(examples, master, folder, "18", D0, SECTION):
+        with publication.scored(request(tmp_path), examples, master, None, folder):
             raise AssertionError("the gates are open")
 
     with pytest.raises(ConfigError, match="expects vocabulary v1, table scoring_examples has v2"):
@@ -212,6 +270,9 @@ def test_other_vocabulary_or_malformed_examples_stop(spark: SparkSession, folder
     other = [*users[:-1], users[-1] | {"target_ids": ["17", "19"]}]
     with pytest.raises(DataError, match="1 users of the master without a score"):
         attempt(examples_frame(spark, other))
+    assert not (tmp_path / "lake" / "work" / "scores").is_dir() or not list(
+        (tmp_path / "lake" / "work" / "scores").iterdir()
+    )  # scored again they would be the same
 
 
 def test_gates_before_publishing(spark: SparkSession) -> None:
@@ -225,7 +286,7 @@ def test_gates_before_publishing(spark: SparkSession) -> None:
             )
             for u, p in rows
         ]
-        return scoring.check_predictions(make_frame(spark, "predictions", made).coalesce(1), master)
+        return gates.check_predictions(make_frame(spark, "predictions", made).coalesce(1), master)
 
     assert check([*good.items()])["num_users"] == 3
     bad: dict[str, list[tuple[str, float | None]]] = {
@@ -239,3 +300,44 @@ def test_gates_before_publishing(spark: SparkSession) -> None:
     for message, rows in bad.items():
         with pytest.raises(DataError, match=message):
             check(rows)
+
+
+def test_gates_against_the_scores_before(spark: SparkSession) -> None:
+    """Base rate, number of users and distribution; the slow index is numpy's."""
+    draw = np.random.default_rng(0)
+    usual, shifted = draw.beta(2, 20, 400), draw.beta(4, 20, 400)
+
+    def frame(values: np.ndarray) -> DataFrame:
+        rows = [(f"u{n}", float(value)) for n, value in enumerate(values)]
+        return literals.frame(spark, rows, "user_id string, conversion_probability double").coalesce(1)
+
+    def slow(before: np.ndarray, after: np.ndarray) -> float:
+        places = [n / 10 for n in range(1, 10)]
+        edges = frame(before).approxQuantile("conversion_probability", places, 0.001)
+        a, b = (
+            np.maximum(np.bincount(np.searchsorted(edges, part), minlength=10) / len(part), 1e-4)
+            for part in (before, after)
+        )
+        return float(((b - a) * np.log(b / a)).sum())
+
+    before, mean = frame(usual), float(usual.mean())
+    fine = gates.check_drift(frame(draw.beta(2, 20, 390)), before, mean, SECTION)
+    assert fine["previous_users"] == 400
+    assert fine["psi"] < 0.1
+    assert fine["mean_ratio"] == pytest.approx(1.0, abs=0.1)
+    assert gates.stability_index(before, before) == 0.0
+    assert gates.stability_index(before, frame(shifted)) == pytest.approx(slow(usual, shifted))
+    assert gates.check_drift(before, None, None, SECTION) == {
+        "mean_ratio": None,
+        "psi": None,
+        "previous_users": None,
+    }
+    closed = {
+        "population stability index": (frame(shifted), before, None),
+        "300 users, 400 the last time": (frame(usual[:300]), before, None),
+        "is 5.00 times the rate": (before, None, mean / 5),
+        "is 0.20 times the rate": (before, None, mean * 5),
+    }
+    for message, given in closed.items():
+        with pytest.raises(DataError, match=message):
+            gates.check_drift(*given, SECTION)

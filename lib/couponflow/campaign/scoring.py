@@ -1,35 +1,25 @@
-"""Every user of the master gets one calibrated probability for a campaign: the bundle, inside Spark.
+"""Calibrated probabilities of users for the targets of campaigns: the bundle, inside Spark.
 
-The bundle travels as one archive through ``SparkContext.addFile``, is checked against its SHA-256 and loaded
-once per Python worker process, where torch runs on one thread (processes give the parallelism). Rows go
-through the same decoder as in training. Nothing is published before the gates have passed. torch is imported
-inside functions only, and only workers score.
+Rows go through the same decoder as in training. torch is imported inside functions only, and only workers
+score. What is published, and when, is ``publication``'s.
 """
 
-import io
-import json
-import re
-import tarfile
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from functools import partial
-from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyspark import Accumulator, SparkFiles
-from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
+from pyspark import Accumulator
+from pyspark.sql import Column, DataFrame
+from pyspark.sql.pandas.functions import pandas_udf
 
-from couponflow.errors import ConfigError, CouponflowError, DataError, InfraError
-from couponflow.lake import layouts, schemas, storage, tables
+from couponflow.campaign.shipping import ShippedBundle, is_open, on_worker
+from couponflow.errors import DataError
+from couponflow.lake import layouts, schemas, tables
 from couponflow.sections import ScoringConfig
 
 if TYPE_CHECKING:
@@ -53,90 +43,6 @@ _OUTPUT = pa.schema(
 _EVENT_BYTES = 4 * len(layouts.HISTORY_FIELDS)
 _MEMBER_BYTES = 4 * len(layouts.TARGET_FIELDS)
 _WIDE_BYTES = 4 * len(layouts.WIDE_FEATURES)
-_BATCH_ROWS = "spark.sql.execution.arrow.maxRecordsPerBatch"
-_OUR_ERROR = re.compile(r"couponflow\.errors\.(ConfigError|DataError|InfraError): (.+)")
-
-#: The bundle of this worker process, by archive hash; at most one, so that a long-lived worker stays small.
-_loaded: dict[str, Any] = {}
-
-
-@dataclass(frozen=True)
-class ShippedBundle:
-    """A bundle on its way to the workers: its archive among ``SparkFiles`` and what must be in it."""
-
-    file_name: str
-    sha256: str
-    kind: str
-    model_version: str
-    vocabulary_version: str
-
-
-def ship_bundle(spark: SparkSession, folder: Path) -> ShippedBundle:
-    """Pack a bundle folder into one archive and hand it to every present and future worker.
-
-    Raises:
-        ConfigError: the folder has no manifest.
-    """
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{folder}: no manifest.json, so no finished bundle; train again") from error
-    content = pack_folder(folder)
-    digest = storage.sha256(content)
-    # Executors may join later and fetch the archive then, so it lives as long as the application: in a
-    # folder that Spark removes when it stops. Equal contents have an equal name.
-    outbox = Path(SparkFiles.getRootDirectory()) / "bundles"
-    outbox.mkdir(exist_ok=True)
-    archive = outbox / f"bundle-{digest[:16]}.tar"
-    if not archive.exists():
-        archive.write_bytes(content)
-        spark.sparkContext.addFile(str(archive))
-    return ShippedBundle(
-        archive.name,
-        digest,
-        str(manifest["kind"]),
-        str(manifest["model_version"]),
-        str(manifest["vocabulary_version"]),
-    )
-
-
-def pack_folder(folder: Path) -> bytes:
-    """A tar of all files below a folder; equal contents give equal bytes."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as archive:
-        for name in storage.walk(str(folder)):
-            content = (folder / name).read_bytes()
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return stream.getvalue()
-
-
-def open_bundle(path: Path, sha256: str) -> "Bundle":
-    """Load a packed bundle, once per process; torch is set to one thread.
-
-    Raises:
-        ConfigError: the archive or a file in it differs from its SHA-256.
-    """
-    import torch
-
-    from couponflow.models.bundle import load_bundle
-
-    torch.set_num_threads(1)
-    bundle: Bundle
-    if sha256 in _loaded:
-        bundle = _loaded[sha256]
-        return bundle
-    content = path.read_bytes()
-    if storage.sha256(content) != sha256:
-        raise ConfigError(f"{path.name} differs from what the driver has sent; run again")
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            archive.extractall(folder, filter="data")
-        bundle = load_bundle(Path(folder))
-    _loaded.clear()
-    _loaded[sha256] = bundle
-    return bundle
 
 
 def score_rows(
@@ -177,8 +83,6 @@ def score_rows(
             of = place[asked.row[pairs]]
             logits[pairs] = bundle.target_logits(batch, targets.take(pairs), of, chunk_rows)
     types = tabular.campaign_types(targets.wide.numpy()) if asked.row.size else np.zeros(0, object)
-    with np.errstate(over="ignore"):  # exp of a large negative logit: the score is 0, as it should be
-        score = 1.0 / (1.0 + np.exp(-logits))
     campaigns = pa.array(np.asarray(campaign_ids, object)[asked.campaign], pa.string())
     arrays = [
         campaigns,
@@ -186,7 +90,7 @@ def score_rows(
         rows.column("user_id").take(pa.array(asked.row)),
         campaigns,
         pa.array([bundle.model_version] * asked.row.size, pa.string()),
-        pa.array(score, pa.float64()),
+        pa.array(sigmoid(logits), pa.float64()),
         pa.array(bundle.probabilities(logits, types), pa.float64()),
         pa.array(length[asked.row] == 0, pa.bool_()),
     ]
@@ -286,122 +190,39 @@ def score_users(
     return spread.mapInArrow(work, tables.struct_type(schemas.TABLES["predictions"].columns))
 
 
-def check_vocabulary(examples: DataFrame, shipped: ShippedBundle) -> None:
-    """Refuse examples whose ids are not those of the model.
+def score_udf(shipped: ShippedBundle) -> Callable[..., Column]:
+    """An iterator pandas UDF for any DataFrame, of columns ``history``, ``target`` and ``wide``.
 
-    Raises:
-        DataError: there are no examples.
-        ConfigError: another vocabulary, or several.
+    Each is packed as in ``training_examples``; returns a struct of ``score`` and ``conversion_probability``,
+    as ``predictions`` holds them. The bundle is loaded once per worker process.
     """
-    versions = sorted(row[0] for row in examples.select("vocabulary_version").distinct().collect())
-    if not versions:
-        raise DataError("table scoring_examples: no rows for that day; run build_examples for it first")
-    if versions != [shipped.vocabulary_version]:
-        raise ConfigError(
-            f"model {shipped.model_version} expects vocabulary {shipped.vocabulary_version}, table "
-            f"scoring_examples has {', '.join(versions)}; rebuild the examples with it or name another model"
-        )
+
+    # Spark evaluates the hints, and there Series takes no argument.
+    def scores(
+        batches: Iterator[tuple[pd.Series, pd.Series, pd.Series]],  # type: ignore[type-arg]  # evaluated by Spark
+    ) -> Iterator[pd.DataFrame]:
+        from couponflow.models import tabular
+        from couponflow.models.batch import decode
+
+        bundle = on_worker(shipped)
+        for history, target, wide in batches:
+            batch = decode(history.tolist(), target.tolist(), wide.tolist())
+            logits = bundle.logits(batch, ScoringConfig().chunk_rows)
+            types = tabular.campaign_types(batch.wide.numpy())
+            columns = {
+                "score": sigmoid(logits),
+                "conversion_probability": bundle.probabilities(logits, types),
+            }
+            yield pd.DataFrame(columns)
+
+    made: Callable[..., Column] = pandas_udf(scores, "score double, conversion_probability double")  # type: ignore[call-overload]  # its stubs know no iterator of tuples
+    return made
 
 
-def check_predictions(predictions: DataFrame, users: DataFrame) -> dict[str, Any]:
-    """The gates before publishing; returns num_users, cold_start_users, mean_probability.
-
-    Every user of the master exactly once and nobody else, probabilities and scores in [0, 1] without null
-    or NaN, and not all equal.
-
-    Raises:
-        DataError: a gate is closed; nothing may be written.
-    """
-    values = [F.col("score"), F.col("conversion_probability")]
-    fine = F.lit(True)
-    for value in values:
-        fine = fine & value.isNotNull() & ~F.isnan(value) & value.between(0.0, 1.0)
-    by_user = predictions.groupBy("user_id").agg(
-        F.count(F.lit(1)).alias("num_rows"),
-        F.sum(F.when(fine, 0).otherwise(1)).alias("num_bad"),
-        F.sum("conversion_probability").alias("probability"),
-        F.max(F.col("is_cold_start").cast("int")).alias("is_cold_start"),
-    )
-    master = users.select("user_id").withColumn("is_known", F.lit(True))
-    found = (
-        by_user.join(master, "user_id", "full")
-        .agg(
-            F.count("is_known").alias("num_users"),
-            F.count(F.when(F.col("num_rows").isNull(), 1)).alias("num_missing"),
-            F.count(F.when(F.col("is_known").isNull(), 1)).alias("num_unknown"),
-            F.count(F.when(F.col("num_rows") > 1, 1)).alias("num_repeated"),
-            F.coalesce(F.sum("num_bad"), F.lit(0)).alias("num_bad"),
-            F.coalesce(F.sum("is_cold_start"), F.lit(0)).alias("num_cold"),
-            F.min("probability").alias("low"),
-            F.max("probability").alias("high"),
-            F.avg("probability").alias("mean"),
-        )
-        .collect()[0]
-    )
-    problems = {
-        "users of the master without a score": found.num_missing,
-        "scored users who are not in the master": found.num_unknown,
-        "users with several scores": found.num_repeated,
-        "scores that are null, NaN or outside [0, 1]": found.num_bad,
-        "users in all, so nothing to publish": int(found.num_users == 0),
-        "value for all users: the model is constant": int(found.num_users > 1 and found.low == found.high),
-    }
-    bad = [f"{count} {what}" for what, count in problems.items() if count]
-    if bad:
-        raise DataError(
-            f"predictions: {'; '.join(bad)}; nothing written, the scores before stay. Rebuild "
-            "scoring_examples for that day, or name another model"
-        )
-    return {
-        "num_users": int(found.num_users),
-        "cold_start_users": int(found.num_cold),
-        "mean_probability": float(found.mean),
-    }
-
-
-@contextmanager
-def scored(
-    examples: DataFrame,
-    users: DataFrame,
-    folder: Path,
-    campaign_id: str,
-    run_date: date,
-    section: ScoringConfig,
-) -> Iterator[tuple[DataFrame, dict[str, Any]]]:
-    """Score all users with the bundle in ``folder``, pass the gates, lend the rows and the run's facts.
-
-    The rows are computed once and kept until the block ends.
-
-    Raises:
-        ConfigError: the model's vocabulary is not the table's, or the bundle is damaged.
-        DataError: a gate is closed or the examples are malformed.
-        InfraError: a worker failed.
-    """
-    spark = examples.sparkSession
-    shipped = ship_bundle(spark, folder)
-    check_vocabulary(examples, shipped)
-    loads = spark.sparkContext.accumulator(0)
-    rows_before = spark.conf.get(_BATCH_ROWS)
-    spark.conf.set(_BATCH_ROWS, str(section.arrow_batch_rows))
-    predictions = score_users(examples, shipped, [campaign_id], run_date, section.chunk_rows, loads)
-    try:
-        started = perf_counter()
-        predictions.persist()
-        try:
-            facts = check_predictions(predictions, users)
-        except PySparkException as error:
-            raise _as_ours(error, campaign_id, run_date) from error
-        seconds = perf_counter() - started
-        facts |= {
-            "model_version": shipped.model_version,
-            "kind": shipped.kind,
-            "users_per_second": round(facts["num_users"] / seconds, 1),
-            "bundle_loads": loads.value,
-        }
-        yield predictions, facts
-    finally:
-        predictions.unpersist()
-        spark.conf.set(_BATCH_ROWS, str(rows_before))
+def sigmoid(logits: "NDArray[np.float64]") -> "NDArray[np.float64]":
+    """Raw scores of logits; of a large negative one 0, as it should be."""
+    with np.errstate(over="ignore"):
+        return np.asarray(1.0 / (1.0 + np.exp(-logits)))
 
 
 def _score_batches(
@@ -414,18 +235,8 @@ def _score_batches(
 ) -> Iterator[pa.RecordBatch]:
     for rows in batches:
         if rows.num_rows:
-            is_new = shipped.sha256 not in _loaded
-            bundle = open_bundle(Path(SparkFiles.get(shipped.file_name)), shipped.sha256)
+            is_new = not is_open(shipped)
+            bundle = on_worker(shipped)
             if is_new and loads is not None:
                 loads.add(1)
             yield score_rows(bundle, rows, campaign_ids, run_date, chunk_rows)
-
-
-def _as_ours(error: PySparkException, campaign_id: str, run_date: date) -> CouponflowError:
-    """The error that a worker raised, as the class it had there."""
-    found = _OUR_ERROR.search(str(error))
-    if found:
-        kinds: dict[str, type[CouponflowError]] = {"ConfigError": ConfigError, "DataError": DataError}
-        return kinds.get(found[1], InfraError)(f"campaign {campaign_id}, {run_date}: {found[2].strip()}")
-    lines = str(error).strip().splitlines()
-    return InfraError(f"campaign {campaign_id}, {run_date}: a worker failed ({lines[-1][:300]}); run again")

@@ -5,6 +5,7 @@ Points:
     of a job    ``before_run`` (lease held, nothing read), ``before_record`` (all tables written, no record),
                 ``after_record`` (record written, lease still held);
     of a table  ``before_write``, ``during_write`` (data files lie there, no commit), ``after_commit``;
+    of scoring, stage ``score@part``: ``part`` (that part is written);
     of a rank of train, stage ``train@rank-epoch-step``: ``load``, ``step``, ``checkpoint`` (its content is
                 written, its manifest not), ``validate``.
 Actions: ``kill`` (SIGKILL of the driver), ``stop`` (SIGSTOP of it), ``exc`` (an infrastructure error),
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 VARIABLE = "COUPONFLOW_FAULT"
 POINTS = ("before_run", "before_record", "after_record", "before_write", "during_write", "after_commit")
 RANK_POINTS = ("load", "step", "checkpoint", "validate")
+SCORE_POINTS = ("part",)
 ACTIONS = ("kill", "stop", "exc", "enospc", "sleep", "kill_worker", "kill_executor", "end_executor")
 _SIGNALS = {"stop": signal.SIGSTOP, "end_executor": signal.SIGTERM}
 _SLEEP_SECONDS = 5.0
@@ -47,10 +49,11 @@ def check(root_uri: str, master: str) -> None:
     if not os.environ.get(VARIABLE):
         return
     _, point, action = _parsed()
-    if point not in POINTS + RANK_POINTS or action not in ACTIONS:
+    points = (*POINTS, *RANK_POINTS, *SCORE_POINTS)
+    if point not in points or action not in ACTIONS:
         raise ConfigError(
             f"{VARIABLE}={os.environ[VARIABLE]}: expected stage:point:action with a point of "
-            f"{', '.join(POINTS + RANK_POINTS)} and an action of {', '.join(ACTIONS)}; unset it outside tests"
+            f"{', '.join(points)} and an action of {', '.join(ACTIONS)}; unset it outside tests"
         )
     if not master.startswith("local") or storage.is_remote(root_uri):
         raise ConfigError(

@@ -8,6 +8,7 @@ Beside local objects lie hidden files: locks, and what a killed writer left; ``l
 import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,6 +150,20 @@ def remove(uri: str) -> None:
         return
     with _disk_errors(uri):
         Path(uri).unlink(missing_ok=True)
+
+
+def remove_folder(uri: str) -> None:
+    """Remove all below a prefix; an absent one is no error. Only for what nobody may read.
+
+    Raises:
+        InfraError: the disk or the store refused it.
+    """
+    if is_remote(uri):
+        for name in list(walk(uri)):
+            remove(join(uri, name))
+        return
+    with _disk_errors(uri):
+        shutil.rmtree(uri, ignore_errors=not Path(uri).exists())
 
 
 def list_names(uri: str) -> list[str]:

@@ -315,7 +315,11 @@ def rank_argv(job_file: str, dates: str, kind: str) -> list[str]:
 
 
 def _valid_metrics(logit: metrics.Floats, label: metrics.Floats) -> dict[str, float]:
-    return {"auc": metrics.auc(logit, label), "log_loss": metrics.log_loss(logit, label)}
+    return {
+        "auc": metrics.auc(logit, label),
+        "log_loss": metrics.log_loss(logit, label),
+        "base_rate": float(np.mean(label)),
+    }
 
 
 def _run_folder(root_uri: str, run_id: str) -> Path:
