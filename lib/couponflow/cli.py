@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from couponflow import checks, console, model_commands, pipeline, upkeep
+from couponflow import checks, console, explanations, model_commands, pipeline, upkeep
 from couponflow.commands import DEFAULT_CONFIG, AsJson, DryRun, LazySpark, errors_as_exit_codes
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange, parse_day
@@ -198,9 +198,8 @@ def status(
 
 app.command()(upkeep.erase)
 app.command()(upkeep.maintain)
-
-
 app.command()(checks.check)
+app.command()(explanations.explain)
 
 
 @models_app.command("list")

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+from typer.testing import CliRunner
 
-from couponflow import pipeline
-from couponflow.campaign import overview, report
+from couponflow import cli, pipeline
+from couponflow.campaign import explain, overview, report
 from couponflow.config import Config, load_config
-from couponflow.lake import runs, schemas, storage, tables
+from couponflow.lake import layouts, runs, schemas, storage, tables
 from couponflow.sources.synthetic_dirt import REASONS
 
 CONFIG = """
@@ -148,6 +150,30 @@ def test_the_exported_list_is_the_audience(world: World) -> None:
     refused = {row.user_id for row in denied.collect() if row.snapshot_date == world.config.run.run_date}
     assert refused
     assert not refused & set(listed)
+
+
+def test_every_decision_can_be_explained(world: World) -> None:
+    """One user of each outcome, by the command itself: the words and the JSON agree with the tables."""
+    ledger = tables.read(world.spark, world.root, "assignments").collect()
+    scores = {row.user_id: row for row in tables.read(world.spark, world.root, "predictions").collect()}
+    for reason in ("selected", "control", "unsubscribe"):
+        row = next(row for row in ledger if row.reason == reason)
+        argv = ["explain", "--user", row.user_id, "--campaign", "5", "--config", str(world.file)]
+        found = json.loads(CliRunner().invoke(cli.app, [*argv, "--json"]).stdout)
+        score = scores[row.user_id]
+        assert (found["reason"], found["arm"], found["is_mailed"]) == (reason, row.arm, reason == "selected")
+        assert found["is_eligible"] == (reason != "unsubscribe")
+        assert found["conversion_probability"] == score.conversion_probability
+        better = sum(one.conversion_probability > score.conversion_probability for one in scores.values())
+        assert (found["score_rank"], found["num_scored"]) == (better + 1, len(scores))
+        history = tables.read(world.spark, world.root, "histories").where(F.col("user_id") == row.user_id)
+        assert len(found["events"]) == history.where("as_of_date = '2024-02-20'").first().length
+        assert set(found["aggregates"]) == set(layouts.WIDE_FEATURES)
+        assert all(event["event_type"] in layouts.EVENT_TYPES for event in found["events"])
+    words = explain.in_words(found)
+    assert words[0] == "Gets no mail of campaign 5 on 2024-02-20: unsubscribed."
+    lost = CliRunner().invoke(cli.app, ["explain", "--user", "nobody", *argv[3:]])
+    assert (lost.exit_code, "no row for this user" in lost.stderr) == (3, True)
 
 
 def test_the_report_is_self_contained(world: World) -> None:

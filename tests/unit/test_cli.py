@@ -27,6 +27,7 @@ COMMANDS = (
     "check",
     "erase",
     "maintain",
+    "explain",
     "models list",
     "models show",
     "models promote",
