@@ -102,7 +102,7 @@ def load_config(path: str | Path | None, overrides: tuple[str, ...] = ()) -> Con
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(problem, where) for problem in error.errors())) from error
+        raise ConfigError("; ".join(explained(problem, where) for problem in error.errors())) from error
 
 
 def _apply_override(tree: dict[str, Any], text: str) -> None:
@@ -123,8 +123,9 @@ def _apply_override(tree: dict[str, Any], text: str) -> None:
     tree[leaf] = parsed
 
 
-def _explain(problem: Any, where: str) -> str:
-    location = tuple(str(part) for part in problem["loc"])
+def explained(problem: Any, where: str, below: tuple[str, ...] = ()) -> str:
+    """One of pydantic's findings as a sentence; ``below`` is where in the tree its location begins."""
+    location = (*below, *(str(part) for part in problem["loc"]))
     name = ".".join(location) or "the tree"
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(location[-1], _names(_declared(location[:-1])), n=1)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from couponflow import scopes
+from couponflow import campaign_file, scopes
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, CouponflowError, DataError, InfraError
@@ -171,11 +171,13 @@ def record_run(
 ) -> Iterator[Run]:
     """Hold a job's lease and its run record around it; the record is written once, with how the job ended.
 
+    A job of a campaign gets the config as the campaign's declaration changes it (``campaign_file``).
     ``within`` is the run, such as a backfill, whose own lease covers this one.
 
     Raises:
         ConflictError: another run holds a range that the job writes. It has not started: no record.
     """
+    config = campaign_file.applied(config, campaign)
     root_uri = config.lake.root_uri
     arguments = {key: value for key, value in (("campaign", campaign), ("model", model)) if value}
     record = runs.start(name, str(dates), arguments, config.fingerprint())

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from couponflow import scopes
+from couponflow import campaign_file, scopes
 from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
@@ -201,7 +201,8 @@ def execute(
     outcomes: dict[str, Outcome] = {}
     for number, stage in enumerate(stages):
         progress.start(number, len(stages), stage)
-        fingerprint = _fingerprint(config, stage, [outcomes[name] for name in stage.after])
+        own = campaign_file.applied(config, stage.campaign)
+        fingerprint = _fingerprint(own, stage, [outcomes[name] for name in stage.after])
         record = finished(config.lake.root_uri, stage, fingerprint)
         if record is not None:
             outcome = Outcome(stage, record, True)

@@ -23,6 +23,7 @@ LAYERS = {
     "config": 4,
     "lake": 5,
     "scopes": 6,
+    "campaign_file": 6,
     "entry": 7,
     "sources": 7,
     "sequences": 7,
@@ -52,6 +53,7 @@ AT_TOP = {
     "mappings": {"pydantic"},
     "modelling": {"pydantic"},
     "config": {"pydantic"},
+    "campaign_file": {"pydantic"},
     "entry": {"typer"},
     "cli": {"typer", "rich", "pydantic"},
     "console": {"rich"},
@@ -80,7 +82,7 @@ DOORS = {
     "petastorm": {"training.reader"},
     "gcsfs": {"training.reader"},
     "horovod": {"training.launch"},
-    "tomllib": {"config"},
+    "tomllib": {"config", "campaign_file"},
 }
 
 HEAVY = {
