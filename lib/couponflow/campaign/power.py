@@ -69,7 +69,7 @@ def smallest_mean_effect(standard_deviation: float, arms: Arms) -> float:
 
 
 def rate_power(effect: float, base_rate: float, arms: Arms) -> float:
-    """Chance that a campaign of these arms shows an effect of ``effect`` on a conversion rate; NaN without arms.
+    """Chance that a campaign of these arms shows an ``effect`` on a conversion rate; NaN without arms.
 
     Phi(d/se - z.975) + Phi(-d/se - z.975); at no effect that is the 5 % of false alarms.
     """
