@@ -40,6 +40,7 @@ LAYERS = {
     "checks": 13,
     "upkeep": 13,
     "model_commands": 13,
+    "campaign_commands": 13,
     "cli": 14,
 }
 
@@ -58,6 +59,7 @@ AT_TOP = {
     "checks": {"typer"},
     "upkeep": {"typer"},
     "model_commands": {"typer"},
+    "campaign_commands": {"typer"},
     "lake.tables": {"pyspark", "delta", "py4j"},
     "lake.literals": {"pyspark"},
     "lake.failures": {"pyspark", "py4j"},
