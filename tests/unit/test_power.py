@@ -1,13 +1,16 @@
 """Planned sizes are right: closed forms against simulation, and against each other."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from couponflow.campaign import intervals, power
+from couponflow.campaign import intervals, planning, power
+from couponflow.campaign.planning import Base
 from couponflow.campaign.power import Arms
-from couponflow.errors import ConfigError
+from couponflow.errors import ConfigError, DataError
+from couponflow.sections import SelectionConfig
 
 RUNS = 20_000
 
@@ -104,3 +107,58 @@ def test_a_wanted_effect_of_nothing_is_refused() -> None:
         power.users_for_mean(0.0, 1.0, 0.1)
     with pytest.raises(ConfigError, match="wanted effect 0"):
         power.users_for_rate(0.0, 0.1, 0.1)
+
+
+def facts(**over: Any) -> dict[str, Any]:
+    """What a selection of 10,000 users, 1,000 of them withheld, records."""
+    base = {"campaign_id": "7", "run_date": "2024-01-10", "model_version": "dien-0", "selected_users": 10_000}
+    base |= {
+        "mailed_users": 9_000,
+        "control_users": 1_000,
+        "holdout_users": 0,
+        "binding_constraint": "budget",
+    }
+    base |= {"expected_conversions": 450.0, "expected_cost_amount": 630.0, "expected_profit_amount": 1_620.0}
+    return base | over
+
+
+def test_a_plan_names_the_smallest_effect_and_what_a_wanted_one_needs() -> None:
+    section = SelectionConfig(
+        control_share=0.1, margin_amount=5.0, discount_amount=1.0, mail_cost_amount=0.02
+    )
+    found = planning.forecast(facts(), Base(0.05, "as given", 4.0), section, 0.01)
+    assert found["smallest_effect"] == pytest.approx(0.02074, abs=2e-6)
+    assert found["smallest_lift"] == pytest.approx(0.4148, abs=1e-4)
+    assert found["smallest_margin_total_amount"] == pytest.approx(0.02074 * 5 * 9_000, rel=1e-4)
+    assert found["smallest_revenue_amount"] == power.smallest_mean_effect(4.0, Arms(9_000, 1_000))
+    # d * 5 = .02 + (.05 + d) * 1 at d = .0175.
+    assert found["break_even_effect"] == pytest.approx(0.0175)
+    assert found["wanted_effect_power"] == power.rate_power(0.01, 0.05, Arms(9_000, 1_000))
+    assert found["wanted_effect_users"] == power.users_for_rate(0.01, 0.05, 0.1)
+    assert found["expected_profit_amount"] == 1_620.0
+    assert "2.07 points or more is shown in 4 of 5" in found["words"]
+
+
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        ({"mailed_users": 10_000, "control_users": 0}, "Nobody is withheld"),
+        ({"control_users": 99}, "fewer than 100 users, so a readout will be refused"),
+        ({"mailed_users": 100, "control_users": 100}, "No effect could be shown"),
+    ],
+)
+def test_a_plan_that_can_show_nothing_says_so(over: dict[str, Any], words: str) -> None:
+    found = planning.forecast(facts(**over), Base(0.95, "as given"), SelectionConfig(), 0.0)
+    assert words in found["words"]
+    assert found["wanted_effect_users"] is None
+
+
+def test_the_base_rate_is_measured_or_predicted() -> None:
+    assert planning.predicted_base(facts()).rate == pytest.approx(0.05)
+    with pytest.raises(DataError, match=r"nobody would be mailed \(bound by budget\).*--base-rate"):
+        planning.predicted_base(facts(mailed_users=0))
+    withheld = {"revenue_deviation": 3.0, "conversion_rate": 0.04}
+    record: dict[str, Any] = {"campaign_id": "6", "version": "v", "arms": {"withheld": withheld}}
+    assert planning.measured_base(record) == Base(0.04, "withheld users of campaign 6, version v", 3.0)
+    withheld["conversion_rate"] = 0.0
+    assert planning.measured_base(record) is None

@@ -21,7 +21,6 @@ from couponflow.lake import tables
 from couponflow.sections import SelectionConfig
 from couponflow.sequences import conversions
 
-
 #: What a plan repeats of the selection's own facts.
 _FACTS = (
     "campaign_id",
