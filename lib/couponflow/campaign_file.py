@@ -7,6 +7,7 @@ Once a version of the campaign is approved or handed over the declaration stays 
 
 import json
 import tomllib
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, ValidationError
@@ -57,8 +58,8 @@ def parse(content: bytes, where: str) -> tuple[CampaignFile, dict[str, dict[str,
     return own, {name: tree[name] for name in SECTIONS if name in tree}
 
 
-def merged(config: Config, values: dict[str, dict[str, Any]], where: str) -> Config:
-    """The config with the declared values in place of its own.
+def merged(config: Config, values: Mapping[str, dict[str, Any]], where: str) -> Config:
+    """The config with these values in place of its own; ``where`` they come from.
 
     Raises:
         ConfigError: an unknown name, a wrong type or a value out of range, by dotted name.
@@ -73,7 +74,7 @@ def merged(config: Config, values: dict[str, dict[str, Any]], where: str) -> Con
     try:
         return Config.model_validate_json(json.dumps(tree, default=str))  # days of TOML become their text
     except ValidationError as error:
-        texts = [explained(problem, f"campaign file {where}") for problem in error.errors()]
+        texts = [explained(problem, where) for problem in error.errors()]
         raise ConfigError("; ".join(texts)) from error
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from couponflow import checks, console, explanations, model_commands, pipeline, upkeep
+from couponflow import campaign_commands, checks, console, explanations, model_commands, pipeline, upkeep
 from couponflow.commands import DEFAULT_CONFIG, AsJson, DryRun, LazySpark, errors_as_exit_codes
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange, parse_day
@@ -26,7 +26,9 @@ app = typer.Typer(
 models_app = typer.Typer(
     help="List, inspect, promote, roll back and recalibrate models.", no_args_is_help=True
 )
-campaign_app = typer.Typer(help="Approve or recall an audience, or write the report.", no_args_is_help=True)
+campaign_app = typer.Typer(
+    help="Plan, approve, recall, read out and report a campaign.", no_args_is_help=True
+)
 app.add_typer(models_app, name="models")
 app.add_typer(campaign_app, name="campaign")
 
@@ -275,6 +277,10 @@ def rollback(reason: Reason, config: ConfigPath = DEFAULT_CONFIG, overrides: Ove
 models_app.command("recalibrate")(model_commands.recalibrate)
 
 
+campaign_app.command("create")(campaign_commands.create)
+campaign_app.command("plan")(campaign_commands.plan)
+
+
 @campaign_app.command("approve")
 def approve(
     campaign: Campaign,
@@ -312,6 +318,9 @@ def recall(
 
         export.recall(_load(config, overrides).lake.root_uri, campaign, version, by, reason)
         typer.echo(f"campaign {campaign}, version {version}: recalled")
+
+
+campaign_app.command("readout")(campaign_commands.readout)
 
 
 @campaign_app.command("report")

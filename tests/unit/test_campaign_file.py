@@ -82,3 +82,9 @@ def test_what_is_wrong_is_named(config: Config, content: bytes, message: str) ->
     with pytest.raises(ConfigError, match=message):
         campaign_file.declare(config, content, "x.toml", "run")
     assert storage.list_names(storage.join(config.lake.root_uri, "campaigns")) == []
+
+
+def test_the_example_is_a_campaign(config: Config) -> None:
+    example = Path(__file__).parents[2] / "deploy" / "campaigns" / "example.toml"
+    made = campaign_file.declare(config, example.read_bytes(), str(example), "run")
+    assert made.selection.control_share == 0.2

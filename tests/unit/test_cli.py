@@ -33,8 +33,11 @@ COMMANDS = (
     "models promote",
     "models rollback",
     "models recalibrate",
+    "campaign plan",
+    "campaign create",
     "campaign approve",
     "campaign recall",
+    "campaign readout",
     "campaign report",
 )
 
@@ -82,6 +85,11 @@ def test_a_dry_run_prints_the_plan_and_runs_nothing(config_file: Path, tmp_path:
         (["models", "promote", "best", "--reason", "x"], "expected champion"),
         (["models", "recalibrate", "--dates", "2024-02-30"], "2024-02-30"),
         (["models", "recalibrate"], "--dates"),
+        (["campaign", "plan", "--campaign", "1", "--dates", "2024-01-01:2024-01-02"], "give one day"),
+        (
+            ["campaign", "plan", "--campaign", "1", "--dates", "2024-01-01", "--control-share", "1.5"],
+            "selection.control_share",
+        ),
     ],
 )
 def test_wrong_arguments_end_with_2_and_say_what_to_do(

@@ -42,6 +42,7 @@ LAYERS = {
     "upkeep": 13,
     "model_commands": 13,
     "explanations": 13,
+    "campaign_commands": 13,
     "cli": 14,
 }
 
@@ -62,6 +63,7 @@ AT_TOP = {
     "upkeep": {"typer"},
     "model_commands": {"typer"},
     "explanations": {"typer"},
+    "campaign_commands": {"typer"},
     "lake.tables": {"pyspark", "delta", "py4j"},
     "lake.literals": {"pyspark"},
     "lake.failures": {"pyspark", "py4j"},

@@ -101,7 +101,34 @@ def attribute(
 ) -> DataFrame:
     """Find the sends that converted, as rows of ``conversions``.
 
-    Grain: one row per converted send; a send without proof in its window gives none.
+    Grain: one row per converted send; a send without proof in its window gives none. Rules and input are
+        those of ``proofs_in_window``.
+    Cost: one join by user, one shuffle by send.
+    """
+    return (
+        proofs_in_window(sends, proofs, campaigns, config, time_zone)
+        .groupBy("send_id", "campaign_id", "user_id", "send_date")
+        .agg(
+            F.min("proof_time").alias("converted_time"),
+            F.count_distinct("proof_id").alias("num_conversions"),
+        )
+        .select(*schemas.TABLES["conversions"].column_names)
+        .repartition("send_date")
+    )
+
+
+def proofs_in_window(
+    sends: DataFrame,
+    proofs: DataFrame,
+    campaigns: DataFrame,
+    config: ConversionsConfig,
+    time_zone: str,
+    keep: tuple[str, ...] = (),
+) -> DataFrame:
+    """Find the proofs of each send's conversion.
+
+    Grain: one row per (send, proof): the columns of ``with_label_window``, ``proof_id``, ``proof_time`` and
+        the columns of the proof named by ``keep``.
     Input: ``proofs`` holds every delivery, as ``read_proofs`` gives them.
     Rule: a redemption proves a send of the same user and campaign, an order one of the same user; its
         time lies in the send's window. The first delivery of a proof counts, once; one order may prove the
@@ -110,7 +137,7 @@ def attribute(
         time counts from the order on.
     Late: what is delivered after the business day on which the send matures is not looked at, so that a
         rerun never changes a mature label.
-    Cost: one join by user, one shuffle by send.
+    Cost: one join by user.
     """
     key, time = PROOFS[config.source]
     on = ["user_id", "campaign_id"] if config.source == "redemptions" else ["user_id"]
@@ -119,6 +146,7 @@ def attribute(
         F.col(time).alias("proof_time"),
         F.col(key).alias("proof_id"),
         F.col("ingest_date").alias("known_date"),
+        *keep,
     )
     inside = (F.col("proof_time") >= F.col("label_start")) & (F.col("proof_time") < F.col("label_end"))
     # The last business day that is over when the label is final.
@@ -140,15 +168,7 @@ def attribute(
             & (F.coalesce("status_time", "proof_time") < _later(F.col("proof_time"), config.return_days))
         )
         pairs = pairs.join(undone, is_undone, "left_anti")
-    return (
-        pairs.groupBy("send_id", "campaign_id", "user_id", "send_date")
-        .agg(
-            F.min("proof_time").alias("converted_time"),
-            F.count_distinct("proof_id").alias("num_conversions"),
-        )
-        .select(*schemas.TABLES["conversions"].column_names)
-        .repartition("send_date")
-    )
+    return pairs
 
 
 def read_sends(spark: SparkSession, root_uri: str, send_dates: DateRange) -> DataFrame:

@@ -1,0 +1,180 @@
+"""What a campaign will be able to show, before anybody is mailed: a selection without its writes, and power.
+
+The base rate is what a user orders without the mail. The last campaign of the same type that had a control
+measured it; before there is one, the predictions of the day stand in for it. They are chances with the mail,
+so the smallest effect comes out somewhat too large (below one half), never too small.
+"""
+
+import math
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
+
+from couponflow.campaign import eligibility, power, readout, selection, settled
+from couponflow.config import Config
+from couponflow.dates import DateRange
+from couponflow.errors import DataError
+from couponflow.lake import tables
+from couponflow.sections import SelectionConfig
+from couponflow.sequences import conversions
+
+#: What a plan repeats of the selection's own facts.
+_FACTS = (
+    "campaign_id",
+    "run_date",
+    "model_version",
+    "selected_users",
+    "mailed_users",
+    "control_users",
+    "holdout_users",
+    "binding_constraint",
+    "expected_conversions",
+    "expected_cost_amount",
+    "expected_profit_amount",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """Conversion rate without mail, where it comes from, and the spread of what a user pays if known."""
+
+    rate: float
+    source: str
+    revenue_deviation: float | None = None
+
+
+def plan(
+    spark: SparkSession, config: Config, campaign_id: str, day: date, base_rate: float, wanted_effect: float
+) -> dict[str, Any]:
+    """Decide as select_audience would on this day, write nothing, and say what could be shown.
+
+    ``base_rate`` 0: from the last readout of the campaign's type, else from the predictions.
+    ``wanted_effect`` 0: none is asked about.
+
+    Raises:
+        DataError: as the selection; or nobody would be selected.
+    """
+    facts = _selected(spark, config, campaign_id, day)
+    if base_rate:
+        base = Base(base_rate, "as given")
+    else:
+        base = _known_base(spark, config, campaign_id, day) or predicted_base(facts)
+    return forecast(facts, base, config.selection, wanted_effect)
+
+
+def _selected(spark: SparkSession, config: Config, campaign_id: str, day: date) -> dict[str, Any]:
+    root_uri, section = config.lake.root_uri, config.selection
+    scores = tables.read(spark, root_uri, "predictions", DateRange.day(day))
+    predictions, model_version = eligibility.one_prediction_per_user(scores, campaign_id, day)
+    rules = config.fingerprint("selection")
+    decision = selection.Decision.of(campaign_id, day, model_version, section, rules)
+    users = eligibility.user_master(tables.read(spark, root_uri, "users"), day)
+    consents = tables.read(spark, root_uri, "consents")
+    consent, snapshot = eligibility.consent_status(consents, users, day, section)
+    mails = eligibility.mails_in_window(
+        tables.read(spark, root_uri, "sends"),
+        tables.read_or_empty(spark, root_uri, "assignments"),
+        campaign_id,
+        day,
+        config.lake.time_zone,
+        section.cap_days,
+    )
+    reasoned = eligibility.with_reason(users, consent, mails, predictions, section.max_sends)
+    decided = selection.with_decision(reasoned, campaign_id, section)
+    return selection.summarise(decided, decision, snapshot)
+
+
+def _known_base(spark: SparkSession, config: Config, campaign_id: str, day: date) -> Base | None:
+    campaigns = tables.read(spark, config.lake.root_uri, "campaigns")
+    mine = conversions.latest_campaigns(campaigns).where(F.col("campaign_id") == campaign_id)
+    row = mine.select("campaign_type").first()
+    found = None
+    if row is not None:
+        found = settled.last_of_type(config.lake.root_uri, str(row["campaign_type"]), day.isoformat())
+    return None if found is None else measured_base(found)
+
+
+def measured_base(record: dict[str, Any]) -> Base | None:
+    """The rate of the withheld users of a readout; None if none or all of them ordered, which is no rate."""
+    withheld = record["arms"][readout.WITHHELD]
+    rate = float(withheld["conversion_rate"])
+    source = f"withheld users of campaign {record['campaign_id']}, version {record['version']}"
+    return Base(rate, source, withheld["revenue_deviation"]) if 0.0 < rate < 1.0 else None
+
+
+def predicted_base(facts: dict[str, Any]) -> Base:
+    """The mean prediction of the users who would be mailed.
+
+    Raises:
+        DataError: nobody would be.
+    """
+    if not facts["mailed_users"]:
+        raise DataError(
+            f"campaign {facts['campaign_id']}, {facts['run_date']}: nobody would be mailed (bound by "
+            f"{facts['binding_constraint']}); change [selection], or give --base-rate"
+        )
+    rate = facts["expected_conversions"] / facts["mailed_users"]
+    return Base(rate, f"predictions of {facts['run_date']} by {facts['model_version']}")
+
+
+def forecast(
+    facts: dict[str, Any], base: Base, section: SelectionConfig, wanted_effect: float
+) -> dict[str, Any]:
+    """What the arms of a selection can show. None: there is no such effect, for want of users or control.
+
+    ``break_even_effect`` d pays for the mail: d margin = mail + (base + d) discount.
+    """
+    num_withheld = facts["control_users"] + facts["holdout_users"]
+    arms = power.Arms(facts["mailed_users"], num_withheld)
+    smallest = _known(power.smallest_rate_effect(base.rate, arms))
+    gain = section.margin_amount - section.discount_amount
+    cost = section.mail_cost_amount + base.rate * section.discount_amount
+    withheld_share = 1.0 - (1.0 - section.holdout_share) * (1.0 - section.control_share)
+    return {
+        **{name: facts[name] for name in _FACTS},
+        "control_share": section.control_share,
+        "withheld_users": num_withheld,
+        "base_rate": base.rate,
+        "base_rate_source": base.source,
+        "smallest_effect": smallest,
+        "smallest_lift": None if smallest is None else smallest / base.rate,
+        "smallest_margin_amount": None if smallest is None else smallest * section.margin_amount,
+        "smallest_margin_total_amount": None
+        if smallest is None
+        else smallest * section.margin_amount * arms.num_treat,
+        "smallest_revenue_amount": None
+        if base.revenue_deviation is None
+        else _known(power.smallest_mean_effect(base.revenue_deviation, arms)),
+        "break_even_effect": cost / gain if gain > 0.0 else None,
+        "wanted_effect": wanted_effect or None,
+        "wanted_effect_power": _known(power.rate_power(wanted_effect, base.rate, arms))
+        if wanted_effect
+        else None,
+        "wanted_effect_users": power.users_for_rate(wanted_effect, base.rate, withheld_share)
+        if wanted_effect and withheld_share
+        else None,
+        "words": _words(arms, smallest),
+    }
+
+
+def _words(arms: power.Arms, smallest: float | None) -> str:
+    if not arms.num_withheld:
+        return "Nobody is withheld, so what the mail causes will never be known; set --control-share above 0."
+    if min(arms.num_treat, arms.num_withheld) < readout.MIN_USERS:
+        return (
+            f"An arm has fewer than {readout.MIN_USERS} users, so a readout will be refused; mail more users "
+            "or withhold a larger share."
+        )
+    if smallest is None:
+        return "No effect could be shown at this size; mail more users or withhold a larger share."
+    return (
+        f"An effect of {smallest * 100:.2f} points or more is shown in 4 of 5 campaigns like this; a smaller "
+        "one will mostly stay hidden."
+    )
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
