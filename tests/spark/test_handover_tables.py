@@ -1,16 +1,22 @@
 """What a hand-over takes from the tables: seed accounts that nobody else is, a day's predictions."""
 
+import csv
 from collections.abc import Mapping
-from datetime import date
+from datetime import date, timedelta
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-from builders import D0, make_row
+from bigquery_server import serving
+from builders import D0, make_frame, make_row, test_config
 from pyspark.sql import SparkSession
 
 from couponflow.campaign import export, predictions
+from couponflow.dates import DateRange
+from couponflow.entry import Run, record_run, today
 from couponflow.errors import DataError
-from couponflow.lake import literals, runs
+from couponflow.lake import literals, runs, tables
+from jobs import erase_user, export_audience, select_audience
 
 CONSENT = "user_id string, consent_reason string"
 SCHEMA = (
@@ -80,3 +86,62 @@ def test_the_predictions_of_one_day_and_campaign_go_out_in_order(spark: SparkSes
     assert export_day(wanted) == facts
     with pytest.raises(DataError, match="holds no row of this campaign and day"):
         export_day(wanted, "20")
+
+
+def write_world(spark: SparkSession, root_uri: str, users: list[str]) -> None:
+    campaign = {"campaign_id": "18", "target_id": "18", "run_date": D0, "model_version": "logistic-1"}
+    permit = {"channel": "mail", "purpose": "marketing", "state": "granted", "source": "constructed"}
+    by_table: dict[str, dict[str, Any]] = {
+        "users": {"snapshot_date": D0},
+        "consents": permit | {"snapshot_date": D0},
+        "predictions": campaign | {"conversion_probability": 0.5},
+        "sends": {"send_date": D0 - timedelta(days=400)},
+    }
+    for table, values in by_table.items():
+        rows = [make_row(table, user_id=user, **values) for user in users]
+        dates = DateRange(D0 - timedelta(days=400), D0 + timedelta(days=1))
+        tables.overwrite(make_frame(spark, table, rows), root_uri, table, dates)
+    scored(root_uri, "18")
+
+
+def test_jobs_hand_over_to_bigquery_and_an_erasure_follows(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    users = [f"user-{number:02d}" for number in range(30)]
+    config = test_config(
+        tmp_path,
+        "export.bigquery_dataset=shop-project.mails",
+        "export.bigquery_predictions=true",
+        "export.bigquery_predictions_days=3650",
+        f"export.seed_user_ids=['seed-1', '{users[0]}']",
+    )
+    write_world(spark, config.lake.root_uri, users)
+
+    def run_job(job: Any, name: str) -> Run:
+        with record_run(name, config, DateRange.day(D0), campaign="18") as run:
+            job.run(spark, run)
+        return run
+
+    with serving("shop-project.mails") as server:
+        monkeypatch.setenv("BIGQUERY_EMULATOR_HOST", server.url)
+        run_job(select_audience, "select_audience")
+        facts = run_job(export_audience, "export_audience").facts
+        listed = list(csv.DictReader(Path(facts["file"]).read_text().splitlines()))
+        assert [row["user_id"] for row in listed if row["is_seed"] == "true"] == ["seed-1"]
+        (name,) = set(server.tables) - {"predictions_18"}
+        assert [row[0] for row in server.tables[name].rows] == [row["user_id"] for row in listed]
+        assert [row[2] for row in server.tables["predictions_18"].rows] == users
+
+        again = run_job(export_audience, "export_audience").facts
+        assert again == facts | {"already_exported": True}
+        assert len(server.jobs) == 2
+
+        gone = listed[0]["user_id"]
+        with record_run("erase_user", config, today()) as run:
+            erase_user.run(spark, run, gone)
+        assert [row[0] for row in server.tables[name].rows] == [row["user_id"] for row in listed[1:]]
+        assert run.facts["bigquery_predictions_left"] == [f"shop-project.mails.predictions_18 of {D0}"]
+        assert f"run export_audience --campaign 18 --dates {D0} again" in caplog.text
+
+        run_job(export_audience, "export_audience")  # as the erasure asks
+        assert [row[2] for row in server.tables["predictions_18"].rows] == [u for u in users if u != gone]
