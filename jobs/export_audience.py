@@ -4,7 +4,7 @@ from pyspark.sql import SparkSession
 
 from couponflow.campaign import export, predictions
 from couponflow.cloud import bigquery
-from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
+from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run, today
 from couponflow.lake import tables
 
 app = job_app(__doc__)
@@ -17,7 +17,10 @@ def run(spark: SparkSession, job: Run) -> None:
     version = export.decided_version(root, job.campaign, str(job.dates))
     location = section.bigquery_location
     scores = predictions.Destination(
-        bigquery.predictions_table(section, job.campaign), location, section.bigquery_predictions_days
+        bigquery.predictions_table(section, job.campaign),
+        location,
+        section.bigquery_predictions_days,
+        today().start,
     )
     frame = tables.read(spark, root, "predictions")
     job.facts.update(predictions.export_predictions(root, frame, job.campaign, day, scores, bigquery))

@@ -8,7 +8,10 @@ rows or none.
 import csv
 import io
 import json
+import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +53,9 @@ class BigQuery(ThreadingHTTPServer):
         self.uploads: dict[str, dict[str, Any]] = {}
         self.requests: list[str] = []  # method and last part of the path
         self.refusals: list[tuple[int, str]] = []  # status and reason, one per request
-        self.lost_answers = 0  # inserted, then the connection is closed
+        self.losses: list[
+            str
+        ] = []  # how the next answers get lost, after all was done: close, reset, cut, slow
         self.hidden = 0  # reads of jobs that do not find what is there
         self.slow = 0  # reads of a job until it is done
         self.job_errors: list[dict[str, str]] = []  # one per job that is run
@@ -77,7 +82,7 @@ class BigQuery(ThreadingHTTPServer):
             status: dict[str, Any] = {"state": "DONE"}
             if error:
                 status |= {"errorResult": error, "errors": [error]}
-            statistics = {"load": {"outputRows": str(num_rows)}}
+            statistics = {"load": {"outputRows": str(num_rows)} if num_rows else {}}
             self.jobs[job_id] = resource | {
                 "kind": "bigquery#job",
                 "status": status,
@@ -109,7 +114,7 @@ class BigQuery(ThreadingHTTPServer):
                 properties.get("description", ""),
                 load.get("timePartitioning", {}),
             )
-        elif load["writeDisposition"] == "WRITE_EMPTY":
+        elif load["writeDisposition"] == "WRITE_EMPTY" and table.rows:
             return 0, {"reason": "duplicate", "message": f"Already Exists: Table {name}"}
         if partition and any(f"{row[1]:%Y%m%d}" != partition for row in rows):
             return 0, {"reason": "invalid", "message": "Some rows belong to different partitions"}
@@ -141,12 +146,29 @@ class Answers(BaseHTTPRequestHandler):
 
     def answer(self, status: int, content: dict[str, Any], **headers: str) -> None:
         body = json.dumps(content).encode()
+        if status == 200 and self.server.losses:
+            return self.lose(self.server.losses.pop(0), body)
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **headers}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def lose(self, how: str, body: bytes) -> None:
+        """The client does not get this answer, or only half of it, or too late."""
+        self.close_connection = True
+        if how == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        elif how == "cut":
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2])
+        elif how == "slow":
+            time.sleep(1)
 
     def is_refused(self) -> bool:
         server, name = self.server, urlsplit(self.path).path.rpartition("/")[2]
@@ -161,12 +183,7 @@ class Answers(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers["Content-Length"] or 0))
 
     def inserted(self, resource: dict[str, Any], content: bytes) -> None:
-        status, answer = self.server.insert(resource, content)
-        if self.server.lost_answers and status == 200:
-            self.server.lost_answers -= 1
-            self.close_connection = True
-            return
-        self.answer(status, answer)
+        self.answer(*self.server.insert(resource, content))
 
     def do_POST(self) -> None:
         body = self.body()

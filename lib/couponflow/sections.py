@@ -355,9 +355,9 @@ class ExportConfig(Section):
     bigquery_predictions_days: int = Field(
         default=30,
         ge=1,
-        le=3650,
-        description="Days until a day's predictions expire in BigQuery. Fewer keep less about people. "
-        "A table takes the value with which it was created.",
+        le=36_500,
+        description="Days after its run date until a day's predictions expire in BigQuery; an older day "
+        "is not loaded. Fewer keep less about people. A table takes the value with which it was created.",
     )
 
     @model_validator(mode="after")

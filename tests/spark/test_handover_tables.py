@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,12 +64,14 @@ def test_the_predictions_of_one_day_and_campaign_go_out_in_order(spark: SparkSes
         )
     ]
     frame = literals.frame(spark, [tuple(row[n] for n in predictions.COLUMNS) for row in rows], SCHEMA)
-    shelf, wanted = Shelf(), predictions.Destination("p.d.predictions_18", "EU", 30)
+    shelf, wanted = Shelf(), predictions.Destination("p.d.predictions_18", "EU", 30, D0)
 
     def export_day(destination: predictions.Destination, campaign: str = "18") -> dict[str, Any]:
         return predictions.export_predictions(root_uri, frame, campaign, D0, destination, shelf)
 
-    assert export_day(predictions.Destination("", "EU", 30)) == {}
+    assert export_day(replace(wanted, table="")) == {}
+    late = replace(wanted, today=D0 + timedelta(days=30))
+    assert export_day(late) == {"bigquery_predictions_skipped": f"{D0} is older than the 30 days kept"}
     with pytest.raises(DataError, match="nothing scored; run score first"):
         export_day(wanted)
     run_id = scored(root_uri, "18")
@@ -112,7 +115,7 @@ def test_jobs_hand_over_to_bigquery_and_an_erasure_follows(
         tmp_path,
         "export.bigquery_dataset=shop-project.mails",
         "export.bigquery_predictions=true",
-        "export.bigquery_predictions_days=3650",
+        "export.bigquery_predictions_days=36500",
         f"export.seed_user_ids=['seed-1', '{users[0]}']",
     )
     write_world(spark, config.lake.root_uri, users)

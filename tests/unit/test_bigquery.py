@@ -98,6 +98,13 @@ def test_a_list_is_loaded_once_with_schema_and_proof_of_origin(tmp_path: Path, s
     assert manifest["bigquery_table"] == facts["bigquery_table"]
 
 
+def test_an_empty_list_is_an_empty_table(tmp_path: Path, server: BigQuery) -> None:
+    assert hand_over(tmp_path, export.Recipients([], 0))["num_recipients"] == 0
+    assert the_table(server) == []
+    hand_over(tmp_path, export.Recipients([], 0))
+    assert len(server.jobs) == 1
+
+
 def test_two_versions_are_two_tables(tmp_path: Path, server: BigQuery) -> None:
     hand_over(tmp_path)
     hand_over(tmp_path, version="v-1", day=date(2024, 1, 11))
@@ -115,12 +122,17 @@ def test_no_two_campaigns_share_a_table() -> None:
     assert bigquery.predictions_table(ExportConfig(bigquery_dataset=DATASET), "18") == ""
 
 
-@pytest.mark.parametrize("lost", [1, 2])
-def test_a_lost_answer_loads_nothing_twice(tmp_path: Path, server: BigQuery, lost: int) -> None:
-    """Accepted, then the connection closes: the client asks again and meets its own job."""
-    server.lost_answers = lost
-    server.hidden = lost - 1  # and a read of the job just inserted may not find it
+@pytest.mark.parametrize("how", ["close", "reset", "cut", "slow"])
+@pytest.mark.parametrize("hidden", [0, 2])
+def test_a_lost_answer_loads_nothing_twice(
+    tmp_path: Path, server: BigQuery, monkeypatch: pytest.MonkeyPatch, how: str, hidden: int
+) -> None:
+    """Accepted and not answered: the client asks again and meets its own job; nor is a read answered."""
+    monkeypatch.setattr(bigquery, "_REQUEST_SECONDS", 0.5)
+    server.losses = [how, how]
+    server.hidden = hidden  # reads of a job just inserted may not find it
     hand_over(tmp_path)
+    assert server.losses == []
     assert len(server.jobs) == 1
     assert the_table(server) == LOADED
     assert files(tmp_path) == FINISHED
@@ -136,7 +148,14 @@ def test_runs_at_the_same_time_share_one_job(tmp_path: Path, server: BigQuery) -
 
 @pytest.mark.parametrize(
     ("status", "reason"),
-    [(503, "backendError"), (500, "internalError"), (429, "rateLimitExceeded"), (403, "rateLimitExceeded")],
+    [
+        (503, "backendError"),
+        (500, "internalError"),
+        (429, "rateLimitExceeded"),
+        (403, "rateLimitExceeded"),
+        (408, "timeout"),
+        (504, ""),
+    ],
 )
 def test_what_passes_is_repeated(tmp_path: Path, server: BigQuery, status: int, reason: str) -> None:
     server.refusals = [(status, reason)] * 5
@@ -430,13 +449,15 @@ def test_predictions_replace_their_day_and_no_other(server: BigQuery) -> None:
     load_day(rows, "score-3")  # the first scores again: another load, not the job that is done
     assert table.partitions["20240110"] == [list(row) for row in rows]
     assert len(server.jobs) == 4
+    given = ["timePartitioning" in job["configuration"]["load"] for job in server.jobs.values()]
+    assert given == [True, False, False, False]  # a table keeps its own
     labels = [job["configuration"]["labels"]["scored_by"] for job in server.jobs.values()]
     assert labels == ["score-1", "score-1", "score-2", "score-3"]
 
 
 def test_a_large_file_goes_up_in_one_resumable_upload(server: BigQuery) -> None:
     rows = [prediction(f"u{number:07d}{'x' * 100}") for number in range(40_000)]
-    server.refusals = [(404, "notFound"), (503, "backendError")]
+    server.refusals = [(404, "notFound")] * 2 + [(503, "backendError")]
     load_day(rows)
     assert len(server.uploads) == 1
     assert len(server.tables["predictions_18"].partitions["20240110"]) == 40_000
@@ -464,7 +485,8 @@ def test_what_is_still_loaded_is_named_until_it_expires(tmp_path: Path) -> None:
         record.facts = {"bigquery_predictions": table} if table else {}
         runs.finish(str(tmp_path), record, "ok")
     assert predictions.still_loaded(str(tmp_path), 7, DAY) == [("t", "18", "2024-01-09")]
-    assert len(predictions.still_loaded(str(tmp_path), 9, DAY)) == 2
+    assert len(predictions.still_loaded(str(tmp_path), 9, DAY)) == 1
+    assert len(predictions.still_loaded(str(tmp_path), 10, DAY)) == 2
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,16 @@ class Warehouse(Protocol):
 
 @dataclass(frozen=True)
 class Destination:
-    """The table for the predictions of a campaign; an empty name means none."""
+    """The table for the predictions of a campaign, an empty name means none; and the day of the run."""
 
     table: str
     location: str
     expiration_days: int
+    today: date
+
+    def is_expired(self, run_date: date) -> bool:
+        """Whether the rows of a day would be gone as soon as they are there."""
+        return run_date + timedelta(self.expiration_days) <= self.today
 
 
 def export_predictions(
@@ -54,7 +59,7 @@ def export_predictions(
     destination: Destination,
     warehouse: Warehouse,
 ) -> dict[str, Any]:
-    """Load the predictions of a day, unless that is done already; returns the facts, none without a table.
+    """Load the predictions of a day, unless that is done already or they have expired; returns the facts.
 
     ``predictions`` is the whole table, read lazily; its rows are streamed to a temporary file.
 
@@ -63,6 +68,9 @@ def export_predictions(
     """
     if not destination.table:
         return {}
+    if destination.is_expired(run_date):
+        reason = f"{run_date} is older than the {destination.expiration_days} days kept"
+        return {"bigquery_predictions_skipped": reason}
     scored_by = _scored_by(root_uri, campaign_id, run_date)
     of_day = (F.col("campaign_id") == campaign_id) & (F.col("run_date") == F.lit(run_date))
     rows = predictions.where(of_day).select(*COLUMNS).orderBy("user_id", "target_id", "model_version")
@@ -112,7 +120,7 @@ def still_loaded(root_uri: str, days: int, today: date) -> list[tuple[str, str, 
     found = set()
     for record in runs.load_all(root_uri, "export_audience"):
         table, day = record.facts.get("bigquery_predictions"), record.dates.partition(":")[0]
-        if table and date.fromisoformat(day) + timedelta(days) >= today:
+        if table and date.fromisoformat(day) + timedelta(days) > today:
             found.add((str(table), str(record.arguments.get("campaign", "")), day))
     return sorted(found)
 

@@ -19,9 +19,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache
+from http import HTTPStatus
 from typing import Any, BinaryIO
 
 from couponflow.errors import ConflictError, CouponflowError, DataError, InfraError
@@ -53,8 +54,7 @@ _FIRST_PAUSE_SECONDS = 1.0
 _REQUEST_SECONDS = 120.0
 _DEADLINE_SECONDS = 600.0
 _JOB_SECONDS = 1800.0
-#: A job that was just inserted may be unknown to the next read for a moment.
-_UNKNOWN_SECONDS = 30.0
+_UNKNOWN_SECONDS = 30.0  # in which a read may miss a job that was just inserted
 #: Reasons of an error that pass by themselves, of a request and of a job.
 _PASSING = frozenset({"rateLimitExceeded", "backendError", "internalError", "badGateway"})
 _PASSING_OF_JOBS = _PASSING | {
@@ -82,10 +82,16 @@ class _Load:
     partition: date | None = None
     expiration_days: int = 0
     occasion: str = ""
-    project: str = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "project", self.table.split(".")[0])
+    @property
+    def project(self) -> str:
+        """Where the job runs: the project of the dataset."""
+        return self.table.split(".")[0]
+
+    @property
+    def dataset(self) -> str:
+        """With its project."""
+        return self.table.rpartition(".")[0]
 
     @property
     def destination(self) -> str:
@@ -116,8 +122,7 @@ def load_audience(content: bytes, manifest: Mapping[str, Any]) -> None:
         ConflictError: the table holds another list.
         InfraError: access is denied, or BigQuery did not answer in time.
     """
-    load = _audience(content, manifest)
-    _run(load, io.BytesIO(content))
+    _run(_audience(content, manifest), io.BytesIO(content))
 
 
 def replace_audience(content: bytes, manifest: Mapping[str, Any]) -> None:
@@ -133,9 +138,9 @@ def replace_audience(content: bytes, manifest: Mapping[str, Any]) -> None:
             return
     _run(load, io.BytesIO(content))
     with _errors(load):
-        table = client.get_table(load.table, retry=_retry())
+        table = client.get_table(load.table, **_patience())
         table.labels, table.description = dict(load.labels), load.description
-        client.update_table(table, ["labels", "description"], retry=_retry())
+        client.update_table(table, ["labels", "description"], **_patience())
 
 
 def drop_table(table: str, location: str) -> None:
@@ -146,7 +151,7 @@ def drop_table(table: str, location: str) -> None:
     """
     load = _Load(table, location, "", 0, (), {})
     with _errors(load):
-        _client(load.project).delete_table(table, not_found_ok=True, retry=_retry())
+        _client(load.project).delete_table(table, not_found_ok=True, **_patience())
 
 
 def load_predictions(file: BinaryIO, manifest: Mapping[str, Any]) -> None:
@@ -170,6 +175,10 @@ def load_predictions(file: BinaryIO, manifest: Mapping[str, Any]) -> None:
         expiration_days=manifest["expiration_days"],
         occasion=manifest["scored_by"],
     )
+    client = _client(load.project)
+    with _errors(load):
+        if _found_table(client, load) is not None:  # it keeps its partitioning and expiration
+            load = replace(load, expiration_days=0)
     _run(load, file)
 
 
@@ -261,7 +270,7 @@ def _submit(client: Any, load: _Load, job_id: str, file: BinaryIO) -> Any:
             initial=_FIRST_PAUSE_SECONDS,
             timeout=_UNKNOWN_SECONDS,
         )
-        return unknown(client.get_job)(job_id, load.project, load.location, retry=_retry())
+        return unknown(client.get_job)(job_id, load.project, load.location, **_patience())
 
 
 def _job_config(load: _Load) -> dict[str, Any]:
@@ -282,7 +291,7 @@ def _job_config(load: _Load) -> dict[str, Any]:
             "description": load.description,
             "labels": dict(load.labels),
         }
-    if load.partition:
+    if load.expiration_days:
         config["timePartitioning"] = {
             "type": "DAY",
             "field": "run_date",
@@ -306,7 +315,7 @@ def _found_job(client: Any, load: _Load, job_id: str) -> Any:
     from google.api_core.exceptions import NotFound
 
     try:
-        return client.get_job(job_id, load.project, load.location, retry=_retry())
+        return client.get_job(job_id, load.project, load.location, **_patience())
     except NotFound:
         return None
 
@@ -315,7 +324,7 @@ def _found_table(client: Any, load: _Load) -> Any:
     from google.api_core.exceptions import NotFound
 
     try:
-        return client.get_table(load.table, retry=_retry())
+        return client.get_table(load.table, **_patience())
     except NotFound:
         return None
 
@@ -330,10 +339,10 @@ def _is_loaded(client: Any, load: _Load) -> bool:
 
 
 def _check_count(load: _Load, found: int | None, what: str) -> None:
-    if found != load.num_rows:
+    if (found or 0) != load.num_rows:  # no count is a count of none
         raise DataError(
-            f"{load.destination}: {what} {found} rows, the file has {load.num_rows}; nobody may read the "
-            "table: drop it, then run again"
+            f"{load.destination}: {what} {found or 0} rows, the file has {load.num_rows}; nobody may read "
+            "the table: drop it, then run again"
         )
 
 
@@ -358,17 +367,15 @@ def _job_error(load: _Load, job: Any) -> CouponflowError:
 
 
 def _roles(load: _Load) -> str:
-    dataset = load.table.rpartition(".")[0]
     return (
         f"grant this service account roles/bigquery.jobUser on project {load.project} and "
-        f"roles/bigquery.dataEditor on dataset {dataset}"
+        f"roles/bigquery.dataEditor on dataset {load.dataset}"
     )
 
 
 def _place(load: _Load) -> str:
-    dataset = load.table.rpartition(".")[0]
     return (
-        f"create dataset {dataset} in {load.location}, or correct export.bigquery_dataset and "
+        f"create dataset {load.dataset} in {load.location}, or correct export.bigquery_dataset and "
         "export.bigquery_location"
     )
 
@@ -417,13 +424,19 @@ def _is_passing(error: BaseException) -> bool:
     lost = requests.ConnectionError, requests.Timeout, requests.ChunkedEncodingError
     if isinstance(error, requests.SSLError):
         return False
-    return isinstance(error, (*passing, *lost)) or _reason(error) in _PASSING
+    is_late = getattr(error, "code", None) == HTTPStatus.REQUEST_TIMEOUT
+    return is_late or isinstance(error, (*passing, *lost)) or _reason(error) in _PASSING
 
 
 def _retry() -> Any:
     from google.api_core.retry import Retry
 
     return Retry(predicate=_is_passing, initial=_FIRST_PAUSE_SECONDS, maximum=30.0, timeout=_DEADLINE_SECONDS)
+
+
+def _patience() -> dict[str, Any]:
+    """How long one request may take, and how often it is repeated."""
+    return {"retry": _retry(), "timeout": _REQUEST_SECONDS}
 
 
 def _client(project: str) -> Any:
