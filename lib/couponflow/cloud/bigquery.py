@@ -17,7 +17,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -134,7 +134,7 @@ def replace_audience(content: bytes, manifest: Mapping[str, Any]) -> None:
     load = _audience(content, manifest, is_replacing=True)
     client = _client(load.project)
     with _errors(load):
-        if _found_table(client, load) is None:
+        if _found(client.get_table, load.table) is None:
             return
     _run(load, io.BytesIO(content))
     with _errors(load):
@@ -177,7 +177,7 @@ def load_predictions(file: BinaryIO, manifest: Mapping[str, Any]) -> None:
     )
     client = _client(load.project)
     with _errors(load):
-        if _found_table(client, load) is not None:  # it keeps its partitioning and expiration
+        if _found(client.get_table, load.table) is not None:  # it keeps its partitioning and expiration
             load = replace(load, expiration_days=0)
     _run(load, file)
 
@@ -224,7 +224,7 @@ def _run(load: _Load, file: BinaryIO) -> None:
     client = _client(load.project)
     with _errors(load):
         for attempt in range(_MAX_ATTEMPTS):
-            earlier = _found_job(client, load, load.job_id(attempt))
+            earlier = _found(client.get_job, load.job_id(attempt), load.project, load.location)
             job = earlier or _submit(client, load, load.job_id(attempt), file)
             _wait(job)
             if job.error_result:
@@ -233,7 +233,7 @@ def _run(load: _Load, file: BinaryIO) -> None:
                 if job.error_result.get("reason") == "duplicate" and _is_loaded(client, load):
                     return  # by a job that BigQuery has forgotten
                 raise _job_error(load, job)
-            if earlier and _found_table(client, load) is None:
+            if earlier and _found(client.get_table, load.table) is None:
                 continue
             _check_count(load, job.output_rows, "the job has loaded")
             return
@@ -311,27 +311,19 @@ def _wait(job: Any) -> None:
             raise
 
 
-def _found_job(client: Any, load: _Load, job_id: str) -> Any:
+def _found(read: Callable[..., Any], *arguments: str) -> Any:
+    """What a read finds; None where there is nothing."""
     from google.api_core.exceptions import NotFound
 
     try:
-        return client.get_job(job_id, load.project, load.location, **_patience())
-    except NotFound:
-        return None
-
-
-def _found_table(client: Any, load: _Load) -> Any:
-    from google.api_core.exceptions import NotFound
-
-    try:
-        return client.get_table(load.table, **_patience())
+        return read(*arguments, **_patience())
     except NotFound:
         return None
 
 
 def _is_loaded(client: Any, load: _Load) -> bool:
     """Whether the table holds what this load brings."""
-    table = _found_table(client, load)
+    table = _found(client.get_table, load.table)
     if table is None or table.description != load.description:
         return False
     _check_count(load, table.num_rows, "the table holds")
