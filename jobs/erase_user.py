@@ -9,6 +9,7 @@ import typer
 from pyspark.sql import SparkSession
 
 from couponflow import erasing
+from couponflow.cloud import bigquery
 from couponflow.entry import ConfigPath, LogJson, Overrides, Run, job_app, open_run, today
 from couponflow.lake import storage, tables
 
@@ -21,7 +22,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Count what would go, an
 def run(spark: SparkSession, job: Run, raw_id: str, dry_run: bool = False) -> None:
     """Erase the person, or count what would go."""
     person = erasing.find_person(job.config, raw_id)
-    job.rows.update(erasing.erase(spark, job, person, dry_run))
+    job.rows.update(erasing.erase(spark, job, person, dry_run, bigquery))
     job.facts["is_dry_run"] = dry_run
 
 

@@ -1,9 +1,10 @@
-"""audience -> list and manifest, handed over exactly once, for a run date and campaign. Safe to rerun."""
+"""audience -> list, table, manifest: handed over exactly once, for a run date and campaign. Safe to rerun."""
 
 from pyspark.sql import SparkSession
 
-from couponflow.campaign import export
-from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
+from couponflow.campaign import export, predictions
+from couponflow.cloud import bigquery
+from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run, today
 from couponflow.lake import tables
 
 app = job_app(__doc__)
@@ -12,9 +13,21 @@ app = job_app(__doc__)
 @tables.retried
 def run(spark: SparkSession, job: Run) -> None:
     """Hand over the version that the newest selection of the day has decided."""
-    root, section = job.root_uri, job.config.export
+    root, section, day = job.root_uri, job.config.export, job.run_date
     version = export.decided_version(root, job.campaign, str(job.dates))
-    handover = export.Handover(root, section.target_uri, job.campaign, version, job.run_date, job.run_id)
+    location = section.bigquery_location
+    scores = predictions.Destination(
+        bigquery.predictions_table(section, job.campaign),
+        location,
+        section.bigquery_predictions_days,
+        today().start,
+    )
+    frame = tables.read(spark, root, "predictions")
+    job.facts.update(predictions.export_predictions(root, frame, job.campaign, day, scores, bigquery))
+    table = bigquery.audience_table(section, job.campaign, version)
+    handover = export.Handover(
+        root, section.target_uri, job.campaign, version, day, job.run_id, table, location
+    )
     facts = export.export_audience(
         handover,
         tables.read(spark, root, "audience"),
@@ -22,7 +35,8 @@ def run(spark: SparkSession, job: Run) -> None:
         tables.read(spark, root, "consents"),
         tables.read(spark, root, "users"),
         job.config.selection,
-        section.auto_approve,
+        section,
+        bigquery,
     )
     job.facts.update(facts)
     job.rows["recipients"] = facts["num_recipients"]

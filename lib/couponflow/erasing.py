@@ -5,12 +5,17 @@ so that a job that runs meanwhile cannot bring the person back. Each step asks t
 be repeated: a run that died is simply run again. Phase two is ``maintain``, which removes the old versions of
 the tables; ``verify`` then reads every byte.
 
-Not reached from here: what a mail system has been handed, copies that an object store keeps of replaced
-objects (versioning, soft delete), Spark's event logs, and the download cache of a source.
+The tables of lists in BigQuery lose the person like the lists; a day's predictions there are replaced when
+``export_audience`` of that day runs again, and expire otherwise: the erasure names them.
+
+Not reached from here: what a mail system has been handed, what BigQuery keeps for its time travel, copies
+that an object store keeps of replaced objects (versioning, soft delete), Spark's event logs, and the download
+cache of a source.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from couponflow.config import Config
 from couponflow.entry import Run, log
@@ -19,6 +24,9 @@ from couponflow.lake import erased, needles, runs, storage
 from couponflow.lake.erased import Erased
 from couponflow.lake.needles import Needles
 from couponflow.sequences.records import PseudonymKey
+
+if TYPE_CHECKING:
+    from couponflow.campaign.export import Warehouse
 
 #: Texts in which an id may stand, beside the raw files and the tables, which have steps of their own.
 TEXT_KINDS = (".json", ".jsonl", ".html", ".csv", ".txt", ".log", ".toml", ".md")
@@ -53,17 +61,20 @@ def find_person(config: Config, raw_id: str) -> Person:
     return Person(raw_id, records.pseudonym(raw_id, key), key)
 
 
-def erase(spark: Any, job: Run, person: Person, dry_run: bool = False) -> dict[str, int]:
+def erase(
+    spark: Any, job: Run, person: Person, dry_run: bool = False, warehouse: "Warehouse | None" = None
+) -> dict[str, int]:
     """Phase one; returns the rows gone, per place. With ``dry_run`` they are only counted.
 
     Someone unknown is put on the list all the same, so that a later delivery does not bring them in.
+    ``warehouse`` is where the tables of the lists are.
 
     Raises:
         ConflictError: another run has written meanwhile; run again.
         DataError: a file or table cannot be read, or a raw file is named after the person.
     """
     from couponflow.campaign import erasing as lists
-    from couponflow.campaign import publication
+    from couponflow.campaign import export, publication
     from couponflow.lake import erasure
 
     root = job.root_uri
@@ -83,8 +94,10 @@ def erase(spark: Any, job: Run, person: Person, dry_run: bool = False) -> dict[s
         counts |= taken
         request.done("tables", taken)
         _renew_manifest(spark, job)
-    handed = lists.prune(job.config.export.target_uri, listed.contains, job.run_id, dry_run)
+    target, begun = job.config.export.target_uri, export.claimed_tables(root)
+    handed = lists.prune(target, listed.contains, job.run_id, dry_run, warehouse, begun)
     counts |= handed
+    _name_predictions(job)
     if dry_run:
         return counts
     request.done("lists", handed)
@@ -174,6 +187,24 @@ def _erase_tables(spark: Any, job: Run, listed: Erased) -> dict[str, int]:
     for table, rows in taken.items():
         log.info("table %s: %d rows", table, rows)
     return taken
+
+
+def _name_predictions(job: Run) -> None:
+    """Say which day's predictions in BigQuery may hold the person: they are renewed by their own job."""
+    from couponflow.campaign import predictions
+
+    today = datetime.fromisoformat(job.record.started_time).date()
+    left = predictions.still_loaded(job.root_uri, job.config.export.bigquery_predictions_days, today)
+    job.facts["bigquery_predictions_left"] = [f"{table} of {day}" for table, _, day in left]
+    for table, campaign, day in left:
+        log.warning(
+            "%s may hold the person in its rows of %s: run export_audience --campaign %s --dates %s again, "
+            "which replaces them, or let them expire",
+            table,
+            day,
+            campaign,
+            day,
+        )
 
 
 def _renew_manifest(spark: Any, job: Run) -> None:

@@ -358,6 +358,38 @@ class ExportConfig(Section):
     auto_approve: bool = Field(
         default=False, description="Export without `campaign approve`; for local runs."
     )
+    seed_user_ids: Annotated[tuple[Annotated[str, Field(pattern="^[A-Za-z0-9_.:-]{1,128}$")], ...], Loose] = (
+        Field(
+            default=(),
+            description="Pseudonymous ids of seed accounts, mailed with every list and never counted.",
+        )
+    )
+    bigquery_dataset: str = Field(
+        default="",
+        pattern=r"^$|^[a-z][a-z0-9-]{4,28}[a-z0-9]\.[A-Za-z0-9_]{1,1024}$",
+        description="project.dataset into which each list is loaded as a table; empty: files only.",
+    )
+    bigquery_location: str = Field(
+        default="US", pattern="^[A-Za-z0-9-]{2,40}$", description="Where the dataset lies, such as EU."
+    )
+    bigquery_predictions: bool = Field(
+        default=False, description="Load the predictions of the campaign and day into BigQuery as well."
+    )
+    bigquery_predictions_days: int = Field(
+        default=30,
+        ge=1,
+        le=36_500,
+        description="Days after its run date until a day's predictions expire in BigQuery; an older day "
+        "is not loaded. Fewer keep less about people. A table takes the value with which it was created.",
+    )
+
+    @model_validator(mode="after")
+    def _predictions_have_a_dataset(self) -> "ExportConfig":
+        if self.bigquery_predictions and not self.bigquery_dataset:
+            raise ValueError("bigquery_predictions needs bigquery_dataset")
+        if len(set(self.seed_user_ids)) < len(self.seed_user_ids):
+            raise ValueError("seed_user_ids names an account twice")
+        return self
 
 
 class MonitoringConfig(Section):

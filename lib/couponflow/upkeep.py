@@ -23,7 +23,8 @@ def erase(
     """Erase one person from raw files, tables, ledger and lists, and keep them out.
 
     Old table versions hold the rows until `couponflow maintain` has removed them after the retention; then
-    --verify reads every byte and ends with 3 if the id is found.
+    --verify reads every byte and ends with 3 if the id is found. Lists in BigQuery lose the person as well; a
+    day's predictions there are named, and go when export_audience of that day runs again, or expire.
 
     Example: couponflow erase --user customer-4711 --dry-run
     """

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from couponflow.campaign import export
-from couponflow.errors import ConfigError, ConflictError, DataError
-from couponflow.lake import runs, storage
+from couponflow.errors import ConfigError, ConflictError, DataError, InfraError
+from couponflow.lake import faults, runs, storage
 
 DAY = date(2024, 1, 10)
 ROWS = export.Recipients([("u1", "18", "v1", None, 1), ('u,"2', "18", "v1", "c9", 3)], num_withdrawn=1)
@@ -23,7 +23,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_list_is_plain_csv() -> None:
     assert export.render(ROWS.rows) == (
-        b'user_id,campaign_id,version,coupon_id,rank\nu1,18,v1,,1\n"u,""2",18,v1,c9,3\n'
+        b'user_id,campaign_id,version,coupon_id,rank,is_seed\nu1,18,v1,,1,false\n"u,""2",18,v1,c9,3,false\n'
     )
 
 
@@ -33,7 +33,7 @@ def test_list_then_manifest_and_a_second_hand_over_changes_nothing(tmp_path: Pat
     assert set(before) == {"18/v1/audience.csv", "18/v1/manifest.json"}
     manifest = json.loads(before["18/v1/manifest.json"])
     assert manifest == {
-        "schema_version": 1,
+        "schema_version": 2,
         "campaign_id": "18",
         "version": "v1",
         "run_date": "2024-01-10",
@@ -42,6 +42,7 @@ def test_list_then_manifest_and_a_second_hand_over_changes_nothing(tmp_path: Pat
         "columns": list(export.COLUMNS),
         "num_recipients": 2,
         "num_withdrawn": 1,
+        "num_seeds": 0,
         "sha256": storage.sha256(before["18/v1/audience.csv"]),
     }
     again = export.finished(handover(tmp_path, run_id="export-2"))
@@ -51,25 +52,67 @@ def test_list_then_manifest_and_a_second_hand_over_changes_nothing(tmp_path: Pat
     assert contents(tmp_path / "out") == before
 
 
-def test_a_crash_between_list_and_manifest_is_no_list_and_is_completed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("point", faults.HANDOVER_POINTS)
+@pytest.mark.parametrize("action", ["exc", "enospc"])
+def test_a_crash_between_any_two_steps_is_no_list_or_the_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str, action: str
 ) -> None:
-    create = storage.create
+    """Whoever reads manifests sees nothing or all of it; the rerun leaves the same bytes."""
+    whole = contents_after(tmp_path / "whole")
+    monkeypatch.setenv(faults.VARIABLE, f"export_audience@{DAY}:{point}:{action}")
+    folder = tmp_path / "crashed"
+    with pytest.raises((InfraError, OSError), match=r"on purpose|No space"):
+        export.hand_over(handover(folder), ROWS, "select-1")
+    is_finished = export.finished(handover(folder)) is not None
+    assert is_finished == (point == "after_manifest")
+    assert set(contents(folder / "out")) <= set(whole)
+    assert contents_after(folder) == whole
+    assert contents_after(folder) == whole
 
-    def dies_before_manifest(uri: str, content: bytes, run_id: str) -> None:
-        if uri.endswith("manifest.json"):
-            raise OSError("killed")
-        create(uri, content, run_id)
 
-    monkeypatch.setattr(storage, "create", dies_before_manifest)
-    with pytest.raises(OSError, match="killed"):
+def contents_after(folder: Path) -> dict[str, bytes]:
+    export.hand_over(handover(folder, run_id="export-2"), ROWS, "select-1")
+    assert export.finished(handover(folder)) is not None
+    return contents(folder / "out")
+
+
+@pytest.mark.parametrize("point", faults.HANDOVER_POINTS)
+def test_another_version_after_a_crash_is_refused_whatever_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    monkeypatch.setenv(faults.VARIABLE, f"export_audience:{point}:exc")
+    with pytest.raises(InfraError, match="on purpose"):
         export.hand_over(handover(tmp_path), ROWS, "select-1")
-    assert set(contents(tmp_path / "out")) == {"18/v1/audience.csv"}
-    assert export.finished(handover(tmp_path)) is None
-    monkeypatch.undo()
-    facts = export.hand_over(handover(tmp_path, run_id="export-2"), ROWS, "select-1")
-    assert facts["num_recipients"] == 2
-    assert export.finished(handover(tmp_path)) is not None
+    with pytest.raises(ConflictError, match="version v1 is handed over to"):
+        export.hand_over(handover(tmp_path, "v2"), ROWS, "select-2")
+    assert not (tmp_path / "out" / "18" / "v2").exists()
+
+
+def test_seeds_stand_at_the_end_and_are_counted_apart(tmp_path: Path) -> None:
+    facts = export.hand_over(handover(tmp_path), replace(ROWS, seeds=["seed-a", "seed-b"]), "select-1")
+    assert (facts["num_recipients"], facts["num_seeds"], facts["num_withdrawn"]) == (2, 2, 1)
+    lines = Path(facts["file"]).read_text().splitlines()
+    assert lines[-2:] == ["seed-a,18,v1,,,true", "seed-b,18,v1,,,true"]
+    assert all(line.endswith(",false") for line in lines[1:-2])
+    assert export.finished(handover(tmp_path)) == facts | {"already_exported": True}
+
+
+@pytest.mark.parametrize("seeds", [["u1"], ["seed-a", "seed-a"]])
+def test_a_seed_is_nobody_else_and_stands_once(tmp_path: Path, seeds: list[str]) -> None:
+    with pytest.raises(DataError, match=r"correct export\.seed_user_ids"):
+        export.hand_over(handover(tmp_path), replace(ROWS, seeds=seeds), "select-1")
+    assert not (tmp_path / "lake").exists()
+
+
+def test_a_list_of_older_code_is_still_finished(tmp_path: Path) -> None:
+    export.hand_over(handover(tmp_path), ROWS, "select-1")
+    path = tmp_path / "out" / "18" / "v1" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["num_seeds"]
+    path.write_text(json.dumps(manifest))
+    done = export.finished(handover(tmp_path))
+    assert done is not None
+    assert (done["num_seeds"], done["bigquery_table"]) == (0, "")
 
 
 def test_a_changed_list_is_noticed(tmp_path: Path) -> None:

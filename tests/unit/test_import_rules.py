@@ -33,6 +33,7 @@ LAYERS = {
     "monitoring": 9,
     "pipeline": 10,
     "erasing": 10,
+    "cloud": 11,
     "maintenance": 10,
     "backfill_plan": 10,
     "backfill": 11,
@@ -80,7 +81,7 @@ AT_TOP = {
 #: Packages that only the named modules may import anywhere, inside functions too.
 DOORS = {
     "delta": {"lake.tables"},
-    "google": {"lake.storage"},
+    "google": {"lake.storage", "cloud.bigquery"},
     "petastorm": {"training.reader"},
     "gcsfs": {"training.reader"},
     "horovod": {"training.launch"},

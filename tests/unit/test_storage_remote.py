@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from couponflow.campaign import export
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, ConflictError, DataError, InfraError
 from couponflow.lake import leases, needles, runs, storage
@@ -148,6 +150,17 @@ def test_a_lost_answer_is_our_own_success(store: Store) -> None:
         storage.create(uri, b"three", "r2")
     with pytest.raises(ConflictError, match="changed meanwhile"):
         storage.replace(uri, b"three", b"one")
+
+
+@pytest.mark.parametrize("num_lost", [1, 2, 3])
+def test_a_hand_over_whose_answers_are_lost_is_done_once(store: Store, num_lost: int) -> None:
+    """Claim, list, manifest: each is written, its answer lost, and met again as ours."""
+    task = export.Handover(BUCKET, f"{BUCKET}/out", "18", "v1", date(2024, 1, 10), "export-1")
+    store.lost_answers = num_lost
+    facts = export.hand_over(task, export.Recipients([("u1", "18", "v1", None, 1)], 0), "select-1")
+    assert store.lost_answers == 0
+    assert store.writes == 3
+    assert export.finished(task) == facts | {"already_exported": True}
 
 
 def test_a_writer_between_check_and_upload_wins(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,41 +1,56 @@
-"""The hand-over, exactly once: a list file, then its manifest. No manifest, no list.
+"""The hand-over, exactly once: claim, list file, warehouse table, manifest. No manifest, no list.
 
-``<target>/<campaign>/<version>/audience.csv`` and ``manifest.json`` are each created once; only an
-erasure replaces them (``erasing``).
-Both are pure functions of the version and of the consent known when it is handed over, so a run that dies
-between them is simply run again, and two runs at once agree; where consent has changed in between, nothing
-is handed over until a person has removed the unfinished file. A mail system reads a list only after its
-manifest. Ids only: the address is joined there.
+``<lake>/handovers/<campaign>/<run date>.json``, the claim, names the one version, folder and table that a day
+is handed over to. It is created first, so neither two versions at once nor another place mail anyone twice.
 
-``<lake>/handovers/<campaign>/<run date>.json`` names the one version and folder that a day is handed over
-to. It is created before the list, so neither two versions at once nor another target mail anyone twice.
+``<target>/<campaign>/<version>/audience.csv`` and ``manifest.json`` are each created once; only an erasure
+replaces them (``erasing``). Both are pure functions of the version, the seed accounts and the consent known
+when it is handed over, so a run that dies between any two steps is simply run again, and two runs at once
+agree; where consent has changed in between, nothing is handed over until a person has removed the unfinished
+file. Ids only: the address is joined in the mail system.
+
+The table is loaded from the bytes of the list file, after that is fixed and before the manifest. Half a list
+is never seen: a reader of files takes a list after its manifest; a table is whole from the moment at which it
+is there, since a load commits at once; who reads both waits for the manifest, which names the table. A table
+without a manifest belongs to a run that died, and the next run completes it.
 """
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import date
-from typing import Any
+from typing import Any, Protocol
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.campaign import assignment, eligibility
+from couponflow.campaign import eligibility
+from couponflow.campaign.recipients import COLUMNS, Recipients, check_ids, recipients, render, seeds_of
 from couponflow.errors import ConfigError, ConflictError, DataError
-from couponflow.lake import runs, storage
-from couponflow.lake.erased import TOMBSTONE
-from couponflow.sections import SelectionConfig
+from couponflow.lake import erased, faults, runs, storage
+from couponflow.sections import ExportConfig, SelectionConfig
 
-EXPORT_SCHEMA_VERSION = 1
-COLUMNS = ("user_id", "campaign_id", "version", "coupon_id", "rank")
+EXPORT_SCHEMA_VERSION = 2
 FILE, MANIFEST = "audience.csv", "manifest.json"
+_JOB = "export_audience"
+
+
+class Warehouse(Protocol):
+    """Where a list becomes a table; ``cloud.bigquery`` is one."""
+
+    def load_audience(self, content: bytes, manifest: Mapping[str, Any]) -> None:
+        """Load the list into the table that the manifest names, unless that is done already."""
+
+    def replace_audience(self, content: bytes, manifest: Mapping[str, Any]) -> None:
+        """Put a list from which people were erased in the place of the longer one."""
+
+    def drop_table(self, table: str, location: str) -> None:
+        """Drop a table that nobody may read."""
 
 
 @dataclass(frozen=True)
 class Handover:
-    """Which version goes where, and the run that does it."""
+    """Which version goes where, and the run that does it; an empty ``table`` means files only."""
 
     root_uri: str
     target_uri: str
@@ -43,6 +58,8 @@ class Handover:
     version: str
     run_date: date
     run_id: str
+    table: str = ""
+    table_location: str = ""
 
     @property
     def folder(self) -> str:
@@ -54,14 +71,6 @@ class Handover:
         return _note_uri(self.root_uri, kind, self.campaign_id, self.version)
 
 
-@dataclass(frozen=True)
-class Recipients:
-    """The rows of a list, in the order of choice, and how many of the audience have withdrawn since."""
-
-    rows: Sequence[tuple[str, str, str, str | None, int]]
-    num_withdrawn: int
-
-
 def export_audience(
     handover: Handover,
     audience: DataFrame,
@@ -69,7 +78,8 @@ def export_audience(
     consents: DataFrame,
     users: DataFrame,
     section: SelectionConfig,
-    auto_approve: bool,
+    export: ExportConfig,
+    warehouse: Warehouse | None = None,
 ) -> dict[str, Any]:
     """Hand a version over unless that is done already; returns the export facts.
 
@@ -81,7 +91,7 @@ def export_audience(
         DataError: consent is missing, stale or too small, the tables disagree, or a list was tampered with.
         ConflictError: another version of this run date was handed over, or this one to another place.
     """
-    check_approval(handover, auto_approve)
+    check_approval(handover, export.auto_approve)
     done = finished(handover)
     if done is not None:
         return done
@@ -96,7 +106,9 @@ def export_audience(
         )
     master = eligibility.user_master(users, handover.run_date)
     consent = eligibility.consent_at_export(consents, master, handover.run_date, section)
-    return hand_over(handover, recipients(audience.where(of_version), ledger, consent), str(decided_by))
+    found = recipients(audience.where(of_version), ledger, consent)
+    seeds = seeds_of(export.seed_user_ids, ledger, consent, erased.load(handover.root_uri).contains)
+    return hand_over(handover, replace(found, seeds=seeds), str(decided_by), warehouse)
 
 
 def approve(root_uri: str, campaign_id: str, version: str, by: str) -> None:
@@ -161,84 +173,51 @@ def finished(handover: Handover) -> dict[str, Any] | None:
 
     Raises:
         DataError: the list differs from its manifest.
+        ConflictError: it is complete without the table that is asked for.
     """
     uri = storage.join(handover.folder, MANIFEST)
     if not storage.exists(uri):
         return None
     manifest = read_manifest(uri)
+    if handover.table and handover.table != manifest.get("bigquery_table"):
+        raise ConflictError(
+            f"campaign {handover.campaign_id}, version {handover.version}: handed over to {handover.folder} "
+            f"and {manifest.get('bigquery_table') or 'no table'}; loading it into {handover.table} as well "
+            "could mail its users again. Prepare the campaign for another run date"
+        )
     content = storage.read_bytes(storage.join(handover.folder, str(manifest["file"])))
     num_rows = content.count(b"\n") - 1  # the header
-    if storage.sha256(content) != manifest["sha256"] or num_rows != manifest["num_recipients"]:
+    if storage.sha256(content) != manifest["sha256"] or num_rows != num_listed(manifest):
         raise DataError(
             f"{handover.folder}: the list has {num_rows} rows and another checksum than its manifest "
-            f"({manifest['num_recipients']} rows); someone has changed it, stop the mailing and recall it"
+            f"({num_listed(manifest)} rows); someone has changed it, stop the mailing and recall it"
         )
     return _facts(handover, manifest, already_exported=True)
 
 
-def recipients(audience: DataFrame, ledger: DataFrame, consent: DataFrame) -> Recipients:
-    """The users of a version who may still be mailed, by rank.
-
-    Inputs: ``audience`` and ``ledger`` rows of the one version; ``consent`` of
-    ``eligibility.consent_status``. A user who is not granted any more, or has no record, is left out and
-    counted. The list is the deliverable, so it meets on the driver, streamed by partition.
-
-    Raises:
-        DataError: a user of the audience is not in the ledger as mailed (holdout, control, unknown), an id
-            looks like a mail address, or the ledger mails someone whom the audience lacks.
-    """
-    named = ledger.where(~F.col("user_id").startswith(TOMBSTONE))  # an erased person is on no list
-    arms = named.select("user_id", "arm").distinct()
-    may_mail = consent.where(F.col("consent_reason").isNull()).select(
-        "user_id", F.lit(True).alias("may_mail")
-    )
-    joined = (
-        audience.join(arms, "user_id", "full")
-        .where(F.col("rank").isNotNull() | (F.col("arm") == assignment.TREAT))
-        .join(may_mail, "user_id", "left")
-        .select("user_id", "campaign_id", "version", "coupon_id", "rank", "arm", "may_mail")
-        .orderBy("rank", "user_id")
-    )
-    rows, num_withdrawn, seen = [], 0, set()
-    for row in joined.toLocalIterator():
-        if row["arm"] != assignment.TREAT or row["rank"] is None:
-            raise DataError(
-                f"audience and ledger disagree: a user with arm {row['arm']} and rank {row['rank']}; "
-                "nothing handed over, run select_audience again"
-            )
-        if "@" in row["user_id"] or "@" in (row["coupon_id"] or ""):
-            raise DataError("audience: an id holds '@'; mail addresses must not enter, nothing handed over")
-        if row["user_id"] in seen:
-            raise DataError("audience: a user stands in it twice; run select_audience again")
-        seen.add(row["user_id"])
-        if row["may_mail"]:
-            rows.append(tuple(row[name] for name in COLUMNS))
-        else:
-            num_withdrawn += 1
-    return Recipients(rows, num_withdrawn)
+def num_listed(manifest: Mapping[str, Any]) -> int:
+    """Rows of a list: its recipients and its seeds, of which older lists have none."""
+    return int(manifest["num_recipients"]) + int(manifest.get("num_seeds", 0))
 
 
-def render(rows: Iterable[Sequence[Any]]) -> bytes:
-    """The list as CSV: header, one line per recipient, ``\\n`` line ends, an absent coupon is empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-def hand_over(handover: Handover, found: Recipients, decided_by: str) -> dict[str, Any]:
-    """Create the list, then the manifest; returns the facts.
+def hand_over(
+    handover: Handover, found: Recipients, decided_by: str, warehouse: Warehouse | None = None
+) -> dict[str, Any]:
+    """Create the list, load the table, create the manifest; returns the facts.
 
     ``decided_by`` is the run that selected the version; the manifest holds nothing that differs between two
     hand-overs of one version.
 
     Raises:
         ConflictError: this version was written with other content, the day belongs to another version, or
-            the version to another folder.
+            the version to another folder or table.
+        DataError: an id looks like a mail address, a seed is a recipient, or the table refuses the list.
     """
+    seeds = [(user, handover.campaign_id, handover.version, None, None) for user in found.seeds]
+    check_ids(found)
     _claim(handover)
-    content = render(found.rows)
+    _fire(handover, "after_claim")
+    content = render(found.rows, seeds)
     manifest = {
         "schema_version": EXPORT_SCHEMA_VERSION,
         "campaign_id": handover.campaign_id,
@@ -249,18 +228,28 @@ def hand_over(handover: Handover, found: Recipients, decided_by: str) -> dict[st
         "columns": list(COLUMNS),
         "num_recipients": len(found.rows),
         "num_withdrawn": found.num_withdrawn,
+        "num_seeds": len(seeds),
         "sha256": storage.sha256(content),
     }
+    if handover.table:
+        manifest |= {"bigquery_table": handover.table, "bigquery_location": handover.table_location}
     text = json.dumps(manifest, indent=1, sort_keys=True).encode()
     file = storage.join(handover.folder, FILE)
     try:
         storage.create(file, content, handover.run_id)
     except ConflictError as error:
+        table = f", and drop the table {handover.table} unless it was mailed" if handover.table else ""
         raise ConflictError(
             f"{file} was begun by another run with other content, as consent has changed since; run again. "
             "If this stays, that run has died: remove the file, which nobody reads without its manifest"
+            + table
         ) from error
+    _fire(handover, "after_list")
+    if handover.table:
+        required(warehouse, handover.table).load_audience(content, manifest)
+    _fire(handover, "after_load")
     storage.create(storage.join(handover.folder, MANIFEST), text, handover.run_id)
+    _fire(handover, "after_manifest")
     return _facts(handover, manifest, already_exported=False)
 
 
@@ -284,19 +273,57 @@ def check_only_version(handover: Handover) -> None:
 
 def _claim(handover: Handover) -> None:
     """Reserve the campaign's run date for this version and folder; the first claim stays."""
-    uri = storage.join(
-        handover.root_uri, "handovers", handover.campaign_id, f"{handover.run_date.isoformat()}.json"
-    )
+    uri = storage.join(_claims(handover.root_uri, handover.campaign_id), f"{handover.run_date}.json")
     claim = {"version": handover.version, "folder": handover.folder}
+    if handover.table:
+        claim |= {"bigquery_table": handover.table, "bigquery_location": handover.table_location}
     try:
         storage.create(uri, json.dumps(claim, indent=1, sort_keys=True).encode(), handover.run_id)
     except ConflictError as error:
         first = json.loads(storage.read_bytes(uri))
+        places = [
+            f"{place} and {table}" if table else place
+            for place, table in (
+                (first["folder"], first.get("bigquery_table")),
+                (handover.folder, handover.table),
+            )
+        ]
         raise ConflictError(
             f"campaign {handover.campaign_id}, {handover.run_date}: version {first['version']} is handed "
-            f"over to {first['folder']}; {handover.version} in {handover.folder} would mail its users again. "
+            f"over to {places[0]}; {handover.version} in {places[1]} would mail its users again. "
             "Go on with the first one, or prepare the campaign for another run date"
         ) from error
+
+
+def required(warehouse: Warehouse | None, table: str) -> Warehouse:
+    """The warehouse that a table needs.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if warehouse is None:
+        raise ConfigError(f"table {table} cannot be reached from here; run the job that has BigQuery")
+    return warehouse
+
+
+def claimed_tables(root_uri: str) -> dict[str, tuple[str, str]]:
+    """Table and its location by the folder of the list, of every hand-over that was begun with a table."""
+    found = {}
+    for campaign in storage.list_names(_claims(root_uri)):
+        place = _claims(root_uri, campaign)
+        for name in storage.list_names(place):
+            claim = json.loads(storage.read_bytes(storage.join(place, name)))
+            if "bigquery_table" in claim:
+                found[str(claim["folder"])] = str(claim["bigquery_table"]), str(claim["bigquery_location"])
+    return found
+
+
+def _claims(root_uri: str, *campaign_id: str) -> str:
+    return storage.join(root_uri, "handovers", *campaign_id)
+
+
+def _fire(handover: Handover, point: str) -> None:
+    faults.fire(handover.root_uri, _JOB, point, handover.run_date)
 
 
 def read_manifest(uri: str) -> dict[str, Any]:
@@ -349,6 +376,8 @@ def _facts(handover: Handover, manifest: dict[str, Any], already_exported: bool)
         "manifest": storage.join(handover.folder, MANIFEST),
         "num_recipients": manifest["num_recipients"],
         "num_withdrawn": manifest["num_withdrawn"],
+        "num_seeds": manifest.get("num_seeds", 0),
+        "bigquery_table": manifest.get("bigquery_table", ""),
         "sha256": manifest["sha256"],
         "already_exported": already_exported,
     }

@@ -5,6 +5,8 @@ Points:
     of a job    ``before_run`` (lease held, nothing read), ``before_record`` (all tables written, no record),
                 ``after_record`` (record written, lease still held);
     of a table  ``before_write``, ``during_write`` (data files lie there, no commit), ``after_commit``;
+    of export_audience  ``after_claim``, ``after_list``, ``after_load`` (the table is there, no manifest),
+                ``after_manifest``;
     of scoring, stage ``score@part``: ``part`` (that part is written);
     of a rank of train, stage ``train@rank-epoch-step``: ``load``, ``step``, ``checkpoint`` (its content is
                 written, its manifest not), ``validate``.
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
 
 VARIABLE = "COUPONFLOW_FAULT"
 POINTS = ("before_run", "before_record", "after_record", "before_write", "during_write", "after_commit")
+HANDOVER_POINTS = ("after_claim", "after_list", "after_load", "after_manifest")
 RANK_POINTS = ("load", "step", "checkpoint", "validate")
 SCORE_POINTS = ("part",)
+_ALL_POINTS = POINTS + HANDOVER_POINTS + RANK_POINTS + SCORE_POINTS
 ACTIONS = ("kill", "stop", "exc", "enospc", "sleep", "kill_worker", "kill_executor", "end_executor")
 _SIGNALS = {"stop": signal.SIGSTOP, "end_executor": signal.SIGTERM}
 _SLEEP_SECONDS = 5.0
@@ -49,11 +53,10 @@ def check(root_uri: str, master: str) -> None:
     if not os.environ.get(VARIABLE):
         return
     _, point, action = _parsed()
-    points = (*POINTS, *RANK_POINTS, *SCORE_POINTS)
-    if point not in points or action not in ACTIONS:
+    if point not in _ALL_POINTS or action not in ACTIONS:
         raise ConfigError(
             f"{VARIABLE}={os.environ[VARIABLE]}: expected stage:point:action with a point of "
-            f"{', '.join(points)} and an action of {', '.join(ACTIONS)}; unset it outside tests"
+            f"{', '.join(_ALL_POINTS)} and an action of {', '.join(ACTIONS)}; unset it outside tests"
         )
     if not master.startswith("local") or storage.is_remote(root_uri):
         raise ConfigError(

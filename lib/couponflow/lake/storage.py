@@ -316,12 +316,12 @@ def _client() -> Any:
 def _client_for(emulator: str | None) -> Any:
     """One client, so one log-in and one connection pool, per process."""
     from google.auth.credentials import AnonymousCredentials
-    from google.cloud import storage
+    from google.cloud.storage import Client
 
     if emulator:
         anonymous: Any = AnonymousCredentials  # untyped in the library
-        return storage.Client(project="test", credentials=anonymous())
-    return storage.Client()
+        return Client(project="test", credentials=anonymous())
+    return Client()
 
 
 def _split(uri: str) -> tuple[Any, str]:

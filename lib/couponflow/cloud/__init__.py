@@ -1,0 +1,1 @@
+"""Systems of the cloud that work for us: one door per service."""
