@@ -296,8 +296,8 @@ class CouponOption(Section):
         default=1.0,
         ge=0.0,
         le=100.0,
-        description="Factor on a user's probability, at most 1 of which counts, and on his uplift. Higher for "
-        "a coupon that more people redeem than the one the model was trained on.",
+        description="Factor on a user's probability (1 at most) and uplift. Higher for a coupon that more "
+        "people redeem than the one the model was trained on.",
     )
     stock: int | None = Field(
         default=None, ge=0, description="Mails that may carry it; 0 offers it to nobody, without it no limit."
@@ -310,8 +310,8 @@ class SegmentLimit(Section):
     name: str = Field(pattern="^[A-Za-z0-9_.:-]{1,64}$", description="Name of the segment in messages.")
     where: str = Field(
         min_length=1,
-        description="Spark SQL condition over user_id, attributes, score and conversion_probability; null is "
-        "outside.",
+        description="Spark SQL condition over user_id, attributes, score and conversion_probability; a user "
+        "for whom it is null is outside.",
     )
     min_recipients: int = Field(
         default=0, ge=0, description="Selected users it has to have; too many for its limits stop the run."
