@@ -312,10 +312,8 @@ def _with_reason(state: DataFrame, limits: Limits, prices: Prices) -> DataFrame:
     """User, option and reason of each row of the state."""
 
     def work(table: "pa.Table") -> "pa.Table":
-        choice, users = option_tables.options_of(table), option_tables.users_of(table, limits)
-        return option_tables.choice_rows(
-            table, choice, _reasons(option_tables.users_of(table, limits), limits, prices, choice)
-        )
+        choice, everyone = option_tables.options_of(table), option_tables.users_of(table, limits)
+        return option_tables.choice_rows(table, choice, _reasons(everyone, limits, prices, choice))
 
     return option_tables.mapped(state, work, option_tables.CHOICES).drop("facts")
 

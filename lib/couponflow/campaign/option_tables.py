@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
 
 from couponflow.campaign.pricing import NO_LIMIT, Bools, Ints, Limits, Users, offered
 from couponflow.errors import DataError
@@ -102,17 +103,20 @@ def in_one_task(frame: DataFrame, work: Work, raises: bool = True) -> tuple[Data
     Raises:
         DataError: the work met one, and ``raises``.
     """
-    import pyarrow as pa
 
     def run(batches: "Iterable[pa.RecordBatch]") -> "Iterable[pa.RecordBatch]":
+        import pyarrow as pa
+
         read = list(batches)
         if read:
             table = pa.Table.from_batches(read).combine_chunks()
             yield from work(table.sort_by([("tie", "ascending"), ("user_id", "ascending")])).to_batches()
 
     rows = frame.repartition(1).mapInArrow(run, CHOICES).localCheckpoint()
-    told = rows.where(F.col("facts").isNotNull()).select("facts").collect()
-    facts: dict[str, Any] = json.loads(told[0][0]) if told else {}
+    told = [row.facts for row in rows.where(F.col("facts").isNotNull()).select("facts").collect()]
+    if not told:  # no row, no batch: the work has not run
+        told = work(to_arrow_schema(frame.schema).empty_table()).column("facts").to_pylist()
+    facts: dict[str, Any] = json.loads(told[0])
     if raises and "error" in facts:
         raise DataError(facts["error"])
     return rows.where(F.col("user_id").isNotNull()).drop("facts"), facts

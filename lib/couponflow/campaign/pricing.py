@@ -21,7 +21,7 @@ NONE = -1  # the choice of a user without an option
 NO_LIMIT = 1 << 62
 MAX_SWEEPS = 60
 _KINDS = ("stock", "segment_max", "max_recipients")
-_SETTLED = 1e-7  # a sweep that changes the dual bound by a smaller share is the last
+_SETTLED = 1e-6  # a sweep that changes the dual bound by a smaller share is the last
 _SAFE_SUM = 2.0**62  # a float sum below shows that the bigint sum has not wrapped round
 
 
