@@ -159,7 +159,7 @@ COUPONS = (
     CouponOption(coupon_id="none left", discount_amount=0.1, response_scale=3.0, stock=0),
 )
 SEGMENTS = (
-    SegmentLimit(name="ends in 7", where="user_id LIKE '%7'", max_recipients=4),
+    SegmentLimit(name="ends_in_7", where="user_id LIKE '%7'", max_recipients=4),
     SegmentLimit(name="rare", where="conversion_probability < 0.01", min_recipients=6),
 )
 

@@ -29,7 +29,8 @@ from couponflow.campaign.pricing import (
 from couponflow.errors import DataError
 
 MAX_FILLS = 50
-NUM_TRIALS = 6  # prices of the last sweeps that ``solve`` tries, the best of them by the bound included
+#: Prices of the last sweeps that ``solve`` tries on few users, of whom each weighs; one on more of them.
+NUM_TRIALS, MAX_TRIAL_USERS = 6, 5_000
 #: Factors on the price of the budget when segments get their minimum: the higher, the cheaper their users.
 _THRIFT = (0.0, 1.0, 4.0, 16.0)
 
@@ -213,11 +214,12 @@ def solve(users: Users, limits: Limits) -> tuple[Ints, Prices]:
     """[N] the option of each user, or ``NONE``, and the prices behind: all steps on one table of users.
 
     Without unit limits this is the greedy solution of the budget alone. With them, prices of several sweeps
-    are tried and the choice worth most is kept, the earliest of equals.
+    are tried on few users, and the choice worth most is kept, the earliest of equals.
 
     Raises:
         DataError: a segment cannot get its minimum.
     """
     found = find_prices(users, limits)
-    choices = [fill(users, limits, choose(users, limits, prices)) for prices in found[:NUM_TRIALS]]
+    trials = found[: NUM_TRIALS if users.value.shape[0] <= MAX_TRIAL_USERS else 1]
+    choices = [fill(users, limits, choose(users, limits, prices)) for prices in trials]
     return max(choices, key=users.total_value), found[0]

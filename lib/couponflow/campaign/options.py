@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 
 from couponflow.campaign import assignment, pricing
 from couponflow.errors import ConfigError
-from couponflow.sections import CouponOption, SelectionConfig
+from couponflow.sections import CouponOption, SegmentLimit, SelectionConfig
 
 MICRO = 1_000_000
 MAX_AMOUNT = 1_000_000_000_000  # in micro-units still far inside a bigint
@@ -121,20 +121,26 @@ def option_columns(users: DataFrame, campaign_id: str, section: SelectionConfig)
     columns = [value.alias(f"value_{j}") for j, value in enumerate(values)]
     columns += [cost(coupon, section).alias(f"cost_{j}") for j, coupon in enumerate(offers)]
     eligible = users.where(F.col("reason").isNull())
-    for segment in section.segments:
-        try:
-            eligible.select(F.expr(segment.where).cast("boolean"))
-        except AnalysisException as error:
-            detail = str(error).splitlines()[0]
-            raise ConfigError(
-                f"section selection: segment {segment.name}: where = {segment.where!r} cannot be evaluated "
-                f"({detail}); correct the condition"
-            ) from error
-    inside = _bits([F.coalesce(F.expr(f"({s.where})"), F.lit(False)) for s in section.segments])
+    inside = _bits([_condition(eligible, segment) for segment in section.segments])
     tie = assignment.tie_key_column(campaign_id, F.col("user_id"))
     return eligible.select(
         "user_id", tie.alias("tie"), *columns, offered.alias("offered"), inside.alias("segments")
     )
+
+
+def _condition(users: DataFrame, segment: SegmentLimit) -> Column:
+    """Whether a user is of a segment. The text has to be a condition as it stands, and in parentheses."""
+    try:
+        users.select(F.expr(segment.where).cast("boolean"))
+        inside = F.expr(f"({segment.where})").cast("boolean")
+        users.select(inside)
+    except AnalysisException as error:
+        detail = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"section selection: segment {segment.name}: where = {segment.where!r} cannot be evaluated "
+            f"({detail}); correct the condition"
+        ) from error
+    return F.coalesce(inside, F.lit(False))
 
 
 def _bits(flags: list[Column]) -> Column:

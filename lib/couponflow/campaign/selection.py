@@ -442,7 +442,7 @@ def _solution_facts(section: SelectionConfig, allocated: allocation.Allocation) 
         for unit, price in zip(limits.units, prices.units, strict=True)
     }
     return {
-        "shadow_prices": {"budget": prices.budget * MICRO / unit_size} | named,
+        "shadow_prices": {"budget": prices.budget * (MICRO / unit_size)} | named,
         "dual_bound": allocated.bound / unit_size,
         "gap_share": (allocated.bound - allocated.value) / allocated.bound if allocated.bound > 0 else 0.0,
     }
