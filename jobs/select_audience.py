@@ -24,9 +24,10 @@ def run(spark: SparkSession, job: Run) -> None:
     zone = job.config.lake.time_zone
     mails = eligibility.mails_in_window(sends, ledger, job.campaign, day, zone, section.cap_days)
     reasoned = eligibility.with_reason(users, consent, mails, predictions, section.max_sends)
-    decided = selection.with_decision(reasoned, job.campaign, section).persist()
+    allocated = selection.allocate(reasoned, job.campaign, section)
+    decided = selection.with_decision(reasoned, job.campaign, section, allocated).persist()
     try:
-        job.facts.update(selection.summarise(decided, decision, snapshot))
+        job.facts.update(selection.summarise(decided, decision, snapshot, allocated))
         target = job.config.export.target_uri
         handover = export.Handover(root, target, job.campaign, decision.version, day, job.run_id)
         is_final = export.is_final(handover)

@@ -305,11 +305,66 @@ class ScoringConfig(Section):
     )
 
 
+class CouponOption(Section):
+    """One coupon that a user may get in the mail; each user gets one of them, or no mail."""
+
+    coupon_id: str = Field(min_length=1, max_length=128, description="Coupon, as the audience names it.")
+    discount_amount: float = Field(ge=0.0, description="Cost of one redemption, configured currency.")
+    margin_amount: float | None = Field(
+        default=None,
+        ge=0.0,
+        description="Margin of one conversion before the coupon; without it selection.margin_amount holds.",
+    )
+    response_scale: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=100.0,
+        description="Factor on a user's probability (1 at most) and uplift. Higher for a coupon that more "
+        "people redeem than the one the model was trained on.",
+    )
+    stock: int | None = Field(
+        default=None, ge=0, description="Mails that may carry it; 0 offers it to nobody, without it no limit."
+    )
+
+
+class SegmentLimit(Section):
+    """How many selected users may, and have to, be of one segment."""
+
+    name: str = Field(pattern="^[A-Za-z0-9_.:-]{1,64}$", description="Name of the segment in messages.")
+    where: str = Field(
+        min_length=1,
+        description="Spark SQL condition over user_id, attributes, score and conversion_probability; a user "
+        "for whom it is null is outside.",
+    )
+    min_recipients: int = Field(
+        default=0, ge=0, description="Selected users it has to have; too many for its limits stop the run."
+    )
+    max_recipients: int | None = Field(
+        default=None, ge=0, description="Selected users it may have; without it no limit."
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "SegmentLimit":
+        if self.max_recipients is not None and self.max_recipients < self.min_recipients:
+            raise ValueError("min_recipients <= max_recipients must hold")
+        return self
+
+
 class SelectionConfig(Section):
     """Used by select_audience."""
 
-    objective: Literal["top_k", "threshold", "expected_profit"] = Field(
-        default="expected_profit", description="What is maximised."
+    objective: Literal["top_k", "threshold", "expected_profit", "incremental_profit"] = Field(
+        default="expected_profit",
+        description="What is maximised. top_k, threshold: probability; expected_profit: profit of the mails; "
+        "incremental_profit: profit that would not have come without them, which needs uplift scores.",
+    )
+    coupons: Annotated[tuple[CouponOption, ...], Loose] = Field(
+        default=(),
+        max_length=32,
+        description="Coupons to choose from per user; none: one pooled coupon of discount_amount.",
+    )
+    segments: Annotated[tuple[SegmentLimit, ...], Loose] = Field(
+        default=(), max_length=30, description="Limits on segments of users; a user may be in several."
     )
     max_recipients: int = Field(default=1_000_000, ge=0, description="Upper bound of the list.")
     min_probability: Share = Field(
@@ -347,6 +402,13 @@ class SelectionConfig(Section):
     cap_days: int = Field(
         default=7, ge=1, le=365, description="Days of the rolling window of the frequency cap."
     )
+
+    @model_validator(mode="after")
+    def _are_unique(self) -> "SelectionConfig":
+        names = [coupon.coupon_id for coupon in self.coupons], [segment.name for segment in self.segments]
+        if any(len(set(listed)) < len(listed) for listed in names):
+            raise ValueError("each coupon_id and each segment name may stand once")
+        return self
 
 
 class ExportConfig(Section):

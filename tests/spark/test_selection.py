@@ -9,18 +9,19 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from builders import D0, make_frame, make_row
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
-from couponflow.campaign import assignment, eligibility, export, selection
+from couponflow.campaign import assignment, eligibility, export, knapsack, options, pricing, selection
 from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import literals, storage, tables
-from couponflow.sections import SelectionConfig
+from couponflow.sections import CouponOption, SegmentLimit, SelectionConfig
 from jobs import export_audience, select_audience
 
 SNAPSHOT = eligibility.Snapshot(D0, "constructed", 1)
@@ -43,8 +44,8 @@ def oracle(
     users: list[User], campaign: str, section: SelectionConfig
 ) -> tuple[dict[str, tuple[Any, ...]], Any]:
     """Sort, take until the first that does not fit: user -> (reason, rank, arm), and the first left out."""
-    mail, discount = selection.micro(section.mail_cost_amount), selection.micro(section.discount_amount)
-    gain = selection.micro(section.margin_amount) - discount
+    mail, discount = options.micro(section.mail_cost_amount), options.micro(section.discount_amount)
+    gain = options.micro(section.margin_amount) - discount
     outcome: dict[str, tuple[Any, ...]] = {}
     order = []
     for user, probability, reason in users:
@@ -59,9 +60,9 @@ def oracle(
     spent, left_out = 0, None
     for rank, (_, _, _, user, cost, value) in enumerate(sorted(order), 1):
         spent += cost
-        if rank > section.max_recipients or spent > selection.micro(section.budget_amount):
+        if rank > section.max_recipients or spent > options.micro(section.budget_amount):
             reason = "max_recipients" if rank > section.max_recipients else "budget"
-            left_out = left_out or (reason, value / cost if reason == "budget" else value / selection.MICRO)
+            left_out = left_out or (reason, value / cost if reason == "budget" else value / options.MICRO)
             outcome[user] = (reason, rank, "none")
         else:
             arm = assignment.deal_arm(campaign, user, section)
@@ -137,10 +138,10 @@ def test_the_choice_equals_the_oracle(spark: SparkSession) -> None:
         assert facts["version"] == "2024-01-10-m-1-abcdef"
         chosen = [row for row in rows if row.would_select]
         assert len(chosen) <= section.max_recipients
-        assert sum(row.cost_micro for row in chosen) <= selection.micro(section.budget_amount)
+        assert sum(row.cost_micro for row in chosen) <= options.micro(section.budget_amount)
         mailed = [row for row in rows if row.arm == "treat"]
-        assert facts["expected_cost_amount"] == sum(row.cost_micro for row in mailed) / selection.MICRO
-        assert facts["expected_profit_amount"] == sum(row.value_micro for row in mailed) / selection.MICRO
+        assert facts["expected_cost_amount"] == sum(row.cost_micro for row in mailed) / options.MICRO
+        assert facts["expected_profit_amount"] == sum(row.value_micro for row in mailed) / options.MICRO
         assert facts["expected_conversions"] == pytest.approx(sum(r.conversion_probability for r in mailed))
         assert all(row.propensity == assignment.propensity(row.arm, section) for row in rows)
         steps = facts["waterfall"]
@@ -150,6 +151,114 @@ def test_the_choice_equals_the_oracle(spark: SparkSession) -> None:
         assert (steps[-1]["reason"], steps[-1]["remaining"]) == ("mailed", len(mailed))
         by_reason = {step["reason"]: step["excluded"] for step in steps}
         assert by_reason["control"] == facts["control_users"] == sum(row.arm == "control" for row in rows)
+
+
+COUPONS = (
+    CouponOption(coupon_id="small", discount_amount=0.5, response_scale=0.7),
+    CouponOption(coupon_id="large", discount_amount=2.0, response_scale=2.0, stock=9),
+    CouponOption(coupon_id="none left", discount_amount=0.1, response_scale=3.0, stock=0),
+)
+SEGMENTS = (
+    SegmentLimit(name="ends_in_7", where="user_id LIKE '%7'", max_recipients=4),
+    SegmentLimit(name="rare", where="conversion_probability < 0.01", min_recipients=6),
+)
+
+
+def priced(users: list[User], section: SelectionConfig) -> tuple[list[str], pricing.Users]:
+    """Eligible users in tie order, with each coupon's value and cost as the config's words have it."""
+    eligible = sorted(
+        ((user, p or 0.0) for user, p, reason in users if reason is None),
+        key=lambda one: (assignment.tie_key("18", one[0]), one[0]),
+    )
+    mail = options.micro(section.mail_cost_amount)
+    value, cost = [], []
+    for _, p in eligible:
+        pairs = [(min(1.0, p * c.response_scale), options.micro(c.discount_amount)) for c in COUPONS]
+        cost.append([math.floor(q * discount + 0.5) + mail for q, discount in pairs])
+        margin = options.micro(section.margin_amount)
+        value.append([math.floor(q * (margin - discount) + 0.5) - mail for q, discount in pairs])
+    member = [[True] * 3 + [user.endswith("7"), p < 0.01] for user, p in eligible]
+    arrays = (np.array(value), np.array(cost), np.ones((len(eligible), 3), bool), np.array(member))
+    return [user for user, _ in eligible], pricing.Users(*arrays)
+
+
+def test_coupons_and_segments_are_chosen_and_booked(spark: SparkSession) -> None:
+    section = SelectionConfig(
+        **(BASE | {"budget_amount": 12.0, "max_recipients": 60}), coupons=COUPONS, segments=SEGMENTS
+    )
+    users = random_users(40)
+    frame = frame_of(spark, users).repartition(3)
+    allocated = selection.allocate(frame, "18", section)
+    assert allocated is not None
+    decided = selection.with_decision(frame, "18", section, allocated).persist()
+    rows = {row.user_id: row for row in decided.collect()}
+    decision = selection.Decision.of("18", D0, "m-1", section, "abcdef99")
+    facts = selection.summarise(decided, decision, SNAPSHOT, allocated)
+    decided.unpersist()
+
+    names, arrays = priced(users, section)
+    offered = pricing.offered(arrays, options.limits(section))
+    expected, _ = knapsack.solve(offered, options.limits(section))
+    ids = [None if option < 0 else COUPONS[option].coupon_id for option in expected]
+    assert [rows[user].coupon_id for user in names] == ids
+    selected = [rows[user] for user, coupon in zip(names, ids, strict=True) if coupon]
+    assert [row.cost_micro for row in selected] == arrays.cost[
+        expected >= 0, expected[expected >= 0]
+    ].tolist()
+    assert sorted(row.rank for row in selected) == list(range(1, len(selected) + 1))
+    by_rank = sorted(selected, key=lambda row: row.rank)
+    assert all(a.value_micro / a.cost_micro >= b.value_micro / b.cost_micro for a, b in pairwise(by_rank))
+
+    assert set(ids) == {None, "small", "large"}  # never the best of them, of which none is left
+    assert ids.count("large") <= 9
+    assert sum(row.user_id.endswith("7") for row in selected) <= 4
+    known = {user: p for user, p, _ in users}
+    assert sum((known[row.user_id] or 0.0) < 0.01 for row in selected) >= 6
+    assert sum(row.cost_micro for row in selected) <= options.micro(12.0)
+    assert all(row.conversion_probability >= (known[row.user_id] or 0.0) * 0.7 for row in selected)
+
+    assert len(rows) == facts["num_users"] == len(users)
+    assert {row.reason for row in rows.values()} <= {*selection.REASONS, *eligibility.REASONS}
+    for before, step in pairwise(facts["waterfall"]):
+        assert before["remaining"] - step["excluded"] == step["remaining"]
+    assert facts["selected_users"] == len(selected)
+    assert facts["binding_constraint"] == "budget"
+    assert facts["shadow_price"] == facts["shadow_prices"]["budget"] == allocated.prices.budget
+    assert facts["shadow_prices"]["segment_max rare"] < 0
+    total = sum(row.value_micro for row in selected)
+    assert allocated.value == total
+    assert facts["dual_bound"] >= total / options.MICRO
+    assert facts["gap_share"] == pytest.approx(1 - total / allocated.bound)
+
+
+def test_a_condition_that_cannot_be_evaluated_names_its_segment(spark: SparkSession) -> None:
+    frame = frame_of(spark, [("u", 0.5, None)])
+    for where in ("no_such_column = 1", "user_id LIKE", "user_id) OR (true"):
+        section = SelectionConfig(segments=(SegmentLimit(name="odd", where=where),))
+        with pytest.raises(ConfigError, match="segment odd: where = "):
+            selection.allocate(frame, "18", section)
+
+
+def test_incremental_profit_counts_what_the_mail_causes(spark: SparkSession) -> None:
+    section = SelectionConfig(**BASE, objective="incremental_profit")
+    bare = frame_of(spark, [("u", 0.5, None)])
+    with pytest.raises(ConfigError, match=r"needs uplift scores.*score with an uplift model"):
+        selection.with_decision(bare, "18", section)
+    uplift = {
+        "always buys": (0.9, 0.0),
+        "persuadable": (0.4, 0.3),
+        "put off": (0.3, -0.1),
+        "no score": (0.9, None),
+    }
+    rows = [(user, p, None, 0.5, tau) for user, (p, tau) in uplift.items()]
+    columns = "user_id string, conversion_probability double, reason string, score double, uplift double"
+    frame = literals.frame(spark, rows, columns)
+    decided = {row.user_id: row for row in selection.with_decision(frame, "18", section).collect()}
+    values = {user: row.value_micro for user, row in decided.items()}
+    assert values["persuadable"] == 0.3 * 4_000_000 - 0.4 * 1_000_000 - 50_000
+    assert values["always buys"] == values["no score"] == -0.9 * 1_000_000 - 50_000
+    assert values["put off"] == -0.1 * 4_000_000 - 0.3 * 1_000_000 - 50_000
+    assert [user for user, row in decided.items() if row.would_select] == ["persuadable"]
 
 
 def test_hashes_are_equal_in_spark_and_python(spark: SparkSession) -> None:
@@ -169,8 +278,8 @@ def test_hashes_are_equal_in_spark_and_python(spark: SparkSession) -> None:
 def test_an_amount_without_end_is_refused() -> None:
     for amount in (math.inf, 1e13):
         with pytest.raises(ConfigError, match="section selection: amount"):
-            selection.micro(amount)
-    assert selection.micro(1e12) == 10**18
+            options.micro(amount)
+    assert options.micro(1e12) == 10**18
 
 
 def test_an_unknown_reason_stops() -> None:

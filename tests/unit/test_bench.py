@@ -17,6 +17,8 @@ NAMES = {
     "history_1g",
     "skew_50k_user",
     "skew_1m_user",
+    "selection_scaling",
+    "selection_scaling_growth",
     "one_day_vs_full",
     "feed_vs_pyarrow",
     "raw_to_examples",

@@ -47,6 +47,22 @@ def test_layers_in_order(tmp_path: Path) -> None:
         ("selection.control_share=nan", "selection.control_share"),
         ("selection.budget_amount=true", "selection.budget_amount = True"),
         ("events.quarantine_rules=[{reasn='a', where='b'}]", "rules.0.reasn; did you mean reason?"),
+        (
+            "selection.coupons=[{coupon_id='a', discount_amount=1.0, margin_amount=-1.0}]",
+            "0.margin_amount = -1.0",
+        ),
+        (
+            "selection.coupons=[{coupon_id='a', discount=1.0}]",
+            "unknown config name selection.coupons.0.discount;",
+        ),
+        (
+            "selection.coupons=[{coupon_id='a', discount_amount=1.0}, {coupon_id='a', discount_amount=2.0}]",
+            "each coupon_id and each segment name may stand once",
+        ),
+        (
+            "selection.segments=[{name='a', where='true', min_recipients=2, max_recipients=1}]",
+            "min_recipients <= max_recipients must hold",
+        ),
         ("gap_minutes=10", "did you mean sessions.gap_minutes?"),
         ("run.campaign_id=", "run.campaign_id = ''"),
         ("run.campaign_id=a/../b", "run.campaign_id"),

@@ -608,6 +608,12 @@ def test_attention_is_drawn_as_shares_with_what_each_relation_weighs() -> None:
     ("name", "price", "sentence"),
     [
         ("max_recipients", 0.4, "one more recipient would add about EUR 0.40 of expected profit."),
+        (
+            "stock",
+            1.5,
+            "The stock of a coupon limits the list: one more coupon of it would add about EUR 1.50",
+        ),
+        ("segment_max", 0.0, "The upper bound of a segment limits the list."),
         ("value", 0.0, "No limit binds: everyone worth a mail was selected."),
         ("none", None, "No limit binds: all eligible users were selected."),
         ("stock_of_coupon", 2, "binds is “stock of coupon”: one more unit of it would add about EUR 2.00"),

@@ -40,7 +40,7 @@ class Snapshot:
 
 
 def user_master(users: DataFrame, run_date: date) -> DataFrame:
-    """Users of the newest snapshot at or before the run date; one row per ``user_id``.
+    """Users of the newest snapshot at or before the run date with their ``attributes``, one row each.
 
     Raises:
         DataError: there is no such snapshot.
@@ -49,7 +49,8 @@ def user_master(users: DataFrame, run_date: date) -> DataFrame:
     newest = known.agg(F.max("snapshot_date")).collect()[0][0]
     if newest is None:
         raise DataError(f"table users has no snapshot up to {run_date}; run clean_feeds for that day first")
-    return known.where(F.col("snapshot_date") == F.lit(newest)).select("user_id").distinct()
+    of_day = known.where(F.col("snapshot_date") == F.lit(newest))
+    return of_day.dropDuplicates(["user_id"]).select("user_id", "attributes")
 
 
 def consent_status(
@@ -205,15 +206,14 @@ def with_reason(
 
     Grain: one row per ``user_id`` of ``users``; every one of them, and no other.
     Adds: ``conversion_probability`` (null without a usable prediction), the raw ``score`` beside it,
-    ``reason`` (null = eligible).
+    ``reason`` (null = eligible). Other columns of ``users`` stay, for conditions on segments.
     Inputs: ``consent`` of ``consent_status``, ``mails`` of ``mails_in_window``, ``predictions`` with one
     row per user.
     """
     probability = F.col("conversion_probability")
     is_usable = probability.isNotNull() & ~F.isnan(probability) & probability.between(0.0, 1.0)
     joined = (
-        users.select("user_id")
-        .join(consent.withColumn("has_record", F.lit(True)), "user_id", "left")
+        users.join(consent.withColumn("has_record", F.lit(True)), "user_id", "left")
         .join(mails, "user_id", "left")
         .join(predictions.select("user_id", "conversion_probability", "score"), "user_id", "left")
         .withColumn("conversion_probability", F.when(is_usable, probability))
@@ -224,7 +224,8 @@ def with_reason(
         "frequency_cap": F.coalesce(F.col("num_mails"), F.lit(0)) >= max_sends,
         "no_prediction": F.col("conversion_probability").isNull(),
     }
-    return joined.select("user_id", "conversion_probability", "score", _first_of(tests).alias("reason"))
+    kept = [*users.columns, "conversion_probability", "score"]
+    return joined.select(*kept, _first_of(tests).alias("reason"))
 
 
 def one_prediction_per_user(

@@ -22,12 +22,15 @@ Facts = Mapping[str, Any]
 MILESTONES = {"user_master", "eligible", "would_select", "mailed"}  # waterfall lines that exclude nobody
 OBJECTIVES = {
     "expected_profit": "The list was chosen for the highest expected profit inside the budget.",
+    "incremental_profit": "The list was chosen for the highest profit that would not come without the mail.",
     "top_k": "The list holds the users who are most likely to convert.",
     "threshold": "The list holds everyone above the probability threshold.",
 }
 CONSTRAINTS = {
     "budget": ("The budget limits the list", "one more {unit} of budget"),
     "max_recipients": ("The upper bound of recipients limits the list", "one more recipient"),
+    "stock": ("The stock of a coupon limits the list", "one more coupon of it"),
+    "segment_max": ("The upper bound of a segment limits the list", "one more recipient in it"),
     "value": ("No limit binds: everyone worth a mail was selected", ""),
     "none": ("No limit binds: all eligible users were selected", ""),
 }

@@ -1,10 +1,11 @@
 """The budgeted choice: who gets the coupon, exactly within budget and list size, the same on every rerun.
 
-Each eligible user has options (here one: the pooled coupon), each with a value and a cost in integer
-micro-units of the currency, so that sums are exact whatever the order of rows. Options are taken in order of
-priority (value per cost, or probability), ties by ``assignment.tie_key`` and then ``user_id``, and the first
-that does not fit ends the list. With one option per user this is the greedy solution of the knapsack: it
-loses less than the value of that first option left out, and never takes a worse user over a better one.
+Each eligible user has options, each with a value and a cost in integer micro-units of the currency, so that
+sums are exact whatever the order of rows. With one option per user, the pooled coupon, options are taken in
+order of priority (value per cost, or probability), ties by ``assignment.tie_key`` and then ``user_id``, and
+the first that does not fit ends the list: the greedy solution of the knapsack, which loses less than the
+value of that first option left out and never takes a worse user over a better one. With coupons or segments
+in the config, ``allocation`` solves the multiple-choice knapsack, and this module books what it chose.
 """
 
 from dataclasses import dataclass
@@ -14,19 +15,20 @@ from typing import Any
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from couponflow.campaign import assignment, eligibility
-from couponflow.errors import ConfigError, ConflictError, DataError
+from couponflow.campaign import allocation, assignment, eligibility, options
+from couponflow.campaign.options import MICRO, micro
+from couponflow.errors import ConflictError, DataError
 from couponflow.lake import tables
 from couponflow.lake.erased import TOMBSTONE
 from couponflow.sections import SelectionConfig
 
-MICRO = 1_000_000
-MAX_AMOUNT = 1_000_000_000_000  # in micro-units still far inside a bigint
 _NANO = 1_000_000_000  # probabilities are summed in these units, so that sums are order-free
 
 #: Reason -> label, in waterfall order after ``eligibility.REASONS``: why an eligible user is not mailed.
 REASONS: dict[str, str] = {
     "value": "Not worth a mail",
+    "stock": "Coupons used up",
+    "segment_max": "Segment full",
     "max_recipients": "List size reached",
     "budget": "Budget used up",
     "holdout": "Withheld: global holdout",
@@ -56,82 +58,49 @@ class Decision:
         return cls(campaign_id, version, run_date, model_version, section)
 
 
-def micro(amount: float) -> int:
-    """An amount of the config in micro-units.
-
-    Raises:
-        ConfigError: it is infinite, or larger than ``MAX_AMOUNT``.
-    """
-    if not abs(amount) <= MAX_AMOUNT:
-        raise ConfigError(
-            f"section selection: amount {amount} is above {MAX_AMOUNT:,}; give a smaller one in the currency"
-        )
-    return round(amount * MICRO)
-
-
 def with_option(users: DataFrame, campaign_id: str, section: SelectionConfig) -> DataFrame:
     """Add the one coupon option of each user: mail with the pooled coupon, against no mail.
 
     Grain: one row per ``user_id``, as given; ``conversion_probability`` p is null where unknown.
-    Adds: ``coupon_id`` (null = pooled), ``cost_micro`` = mail + p * discount, ``value_micro`` =
-        p * (margin - discount) - mail, ``priority`` double, ``tie`` text.
-    Priority: value per cost for expected_profit (infinite where the cost is 0), else p.
+    Adds: ``coupon_id`` (null = pooled), ``cost_micro``, ``value_micro`` of ``options``, ``priority`` double,
+        ``tie`` text.
+    Priority: value per cost for a profit (infinite where the cost is 0), else p.
+
+    Raises:
+        ConfigError: the users lack what the objective is computed from.
     """
-    probability = F.coalesce(F.col("conversion_probability"), F.lit(0.0))
-    mail, discount = micro(section.mail_cost_amount), micro(section.discount_amount)
-    gain = micro(section.margin_amount) - discount
+    options.check_scores(users, section)
+    (pooled,) = options.coupons(section)
     priced = (
         users.withColumn("coupon_id", F.lit(None).cast("string"))
-        .withColumn("cost_micro", _times(probability, discount) + F.lit(mail).cast("bigint"))
-        .withColumn("value_micro", _times(probability, gain) - F.lit(mail).cast("bigint"))
+        .withColumn("cost_micro", options.cost(pooled, section))
+        .withColumn("value_micro", options.profit(pooled, section))
     )
     ratio = F.when(F.col("cost_micro") == 0, F.lit(float("inf"))).otherwise(
         F.col("value_micro").cast("double") / F.col("cost_micro").cast("double")
     )
-    priority = ratio if section.objective == "expected_profit" else probability
+    priority = ratio if section.objective in options.PROFITS else options.probability(pooled)
     return priced.withColumn("priority", priority).withColumn(
         "tie", assignment.tie_key_column(campaign_id, F.col("user_id"))
     )
 
 
-def select_users(options: DataFrame, section: SelectionConfig) -> DataFrame:
+def select_users(priced: DataFrame, section: SelectionConfig) -> DataFrame:
     """Take options in order until list size or budget is reached.
 
     Grain: one row per ``user_id``, as given; needs the columns of ``with_option``, the raw ``score`` and
     ``reason`` (null = eligible). Adds: ``rank`` (order of choice from 1; null outside the candidates),
     ``would_select``; fills ``reason`` of eligible users: value (no candidate), max_recipients, budget or
     selected.
-    Candidates: positive value for expected_profit, p >= min_probability for threshold, else all eligible.
+    Candidates: positive value for a profit, p >= min_probability for threshold, else all eligible.
     Order: (priority desc, score desc, tie, user_id), total; a pure function of the rows, not of their
     partitions. An isotonic calibrator gives many users one probability: the raw score still tells them apart.
     Cost: a histogram of priority gives each bucket the count and cost before it; the exact running sums
     are taken inside the buckets, in parallel. Only the histogram (some thousand rows) meets in one task.
     """
     is_candidate = F.col("reason").isNull() & _is_candidate(section)
-    marked = options.withColumn("is_candidate", is_candidate).withColumn("bucket", _bucket(F.col("priority")))
-    candidates = marked.where("is_candidate")
-    before = Window.orderBy(F.desc("bucket")).rowsBetween(Window.unboundedPreceding, -1)
-    histogram = candidates.groupBy("bucket").agg(
-        F.count(F.lit(1)).alias("num_users"), _exact_sum("cost_micro").alias("bucket_cost")
-    )
-    offsets = histogram.select(
-        "bucket",
-        F.coalesce(F.sum("num_users").over(before), F.lit(0)).alias("num_before"),
-        F.coalesce(_exact_sum("bucket_cost").over(before), F.lit(0)).alias("cost_before"),
-    )
-    inside = Window.partitionBy("bucket").orderBy(F.desc("priority"), F.desc("score"), "tie", "user_id")
-    so_far = inside.rowsBetween(Window.unboundedPreceding, Window.currentRow)
-    ranked = (
-        candidates.select("user_id", "bucket", "priority", "score", "tie", "cost_micro")
-        .withColumn("rank", F.row_number().over(inside))
-        .withColumn("running_micro", _exact_sum("cost_micro").over(so_far))
-        .join(F.broadcast(offsets), "bucket")
-        .select(
-            "user_id",
-            (F.col("rank") + F.col("num_before")).alias("rank"),
-            (F.col("running_micro") + F.col("cost_before")).alias("running_micro"),
-        )
-    )
+    marked = priced.withColumn("is_candidate", is_candidate).withColumn("bucket", _bucket(F.col("priority")))
+    ranked = _in_order(marked.where("is_candidate"))
     # Both grow along the order, so each condition holds for a prefix of it.
     within_size = F.col("rank") <= section.max_recipients
     within_budget = F.col("running_micro") <= micro(section.budget_amount)
@@ -150,19 +119,117 @@ def select_users(options: DataFrame, section: SelectionConfig) -> DataFrame:
     )
 
 
-def with_decision(users: DataFrame, campaign_id: str, section: SelectionConfig) -> DataFrame:
-    """Options, choice and arms of users with a reason; see ``with_option``, ``select_users``, ``with_arm``.
+def _in_order(candidates: DataFrame) -> DataFrame:
+    """``rank`` and ``running_micro``, the cost up to it, of each ``user_id`` in order of priority."""
+    before = Window.orderBy(F.desc("bucket")).rowsBetween(Window.unboundedPreceding, -1)
+    histogram = candidates.groupBy("bucket").agg(
+        F.count(F.lit(1)).alias("num_users"), _exact_sum("cost_micro").alias("bucket_cost")
+    )
+    offsets = histogram.select(
+        "bucket",
+        F.coalesce(F.sum("num_users").over(before), F.lit(0)).alias("num_before"),
+        F.coalesce(_exact_sum("bucket_cost").over(before), F.lit(0)).alias("cost_before"),
+    )
+    inside = Window.partitionBy("bucket").orderBy(F.desc("priority"), F.desc("score"), "tie", "user_id")
+    so_far = inside.rowsBetween(Window.unboundedPreceding, Window.currentRow)
+    return (
+        candidates.select("user_id", "bucket", "priority", "score", "tie", "cost_micro")
+        .withColumn("rank", F.row_number().over(inside))
+        .withColumn("running_micro", _exact_sum("cost_micro").over(so_far))
+        .join(F.broadcast(offsets), "bucket")
+        .select(
+            "user_id",
+            (F.col("rank") + F.col("num_before")).alias("rank"),
+            (F.col("running_micro") + F.col("cost_before")).alias("running_micro"),
+        )
+    )
 
-    A selected user who is withheld gets the arm's name as his ``reason``.
+
+def allocate(users: DataFrame, campaign_id: str, section: SelectionConfig) -> allocation.Allocation | None:
+    """The choice among coupons and under limits on segments, made at once; None where there are none.
+
+    Raises:
+        ConfigError: the users lack what the objective is computed from, or a segment's condition is wrong.
+        DataError: a segment cannot get its minimum.
     """
-    chosen = select_users(with_option(users, campaign_id, section), section)
+    if not section.coupons and not section.segments:
+        return None
+    options.check_scores(users, section)
+    return allocation.allocate(options.option_columns(users, campaign_id, section), options.limits(section))
+
+
+def with_allocation(
+    users: DataFrame, campaign_id: str, section: SelectionConfig, allocated: allocation.Allocation
+) -> DataFrame:
+    """Add to each user what the allocation gives him, in the columns of ``select_users``.
+
+    Grain: one row per ``user_id``, as given. ``conversion_probability`` becomes that of a mail with the
+    chosen coupon. Rank: (value per cost of the chosen option desc, score desc, tie, user_id) among the
+    selected; null for everybody else, whose cost and value are null as well.
+    """
+    offers = options.coupons(section)
+    known = users.join(allocated.choices.withColumnRenamed("reason", "barrier"), "user_id", "left")
+
+    def chosen(values: list[Column], otherwise: Column) -> Column:
+        found = otherwise
+        for place, value in enumerate(values):
+            found = F.when(F.col("option") == place, value).otherwise(found)
+        return found
+
+    null = F.lit(None)
+    ids = [F.lit(coupon.coupon_id if section.coupons else None).cast("string") for coupon in offers]
+    priced = (
+        known.withColumn("coupon_id", chosen(ids, null.cast("string")))
+        .withColumn("cost_micro", chosen([options.cost(c, section) for c in offers], null.cast("bigint")))
+        .withColumn("value_micro", chosen([options.profit(c, section) for c in offers], null.cast("bigint")))
+        .withColumn(
+            "conversion_probability",
+            chosen([options.probability(c) for c in offers], F.col("conversion_probability")),
+        )
+        .withColumn("tie", assignment.tie_key_column(campaign_id, F.col("user_id")))
+        .withColumn("would_select", F.coalesce(F.col("option") >= 0, F.lit(False)))
+    )
+    ratio = F.when(F.col("cost_micro") == 0, F.lit(float("inf"))).otherwise(
+        F.col("value_micro").cast("double") / F.col("cost_micro").cast("double")
+    )
+    ranked = priced.withColumn("priority", ratio).withColumn("bucket", _bucket(F.col("priority")))
+    order = _in_order(ranked.where("would_select")).select("user_id", "rank")
+    reason = F.when(F.col("would_select"), "selected").otherwise(F.coalesce("reason", "barrier"))
+    return (
+        ranked.join(order, "user_id", "left").withColumn("reason", reason).drop("option", "barrier", "bucket")
+    )
+
+
+def with_decision(
+    users: DataFrame,
+    campaign_id: str,
+    section: SelectionConfig,
+    allocated: allocation.Allocation | None = None,
+) -> DataFrame:
+    """Choice and arms of users with a reason; see ``select_users``, ``with_allocation``, ``with_arm``.
+
+    ``allocated`` is what ``allocate`` has made of the same users. A selected user who is withheld gets the
+    arm's name as his ``reason``.
+    """
+    if allocated is None:
+        chosen = select_users(with_option(users, campaign_id, section), section)
+    else:
+        chosen = with_allocation(users, campaign_id, section, allocated)
     dealt = assignment.with_arm(chosen, campaign_id, section)
     is_withheld = F.col("arm").isin(assignment.HOLDOUT, assignment.CONTROL)
     return dealt.withColumn("reason", F.when(is_withheld, F.col("arm")).otherwise(F.col("reason")))
 
 
-def summarise(decided: DataFrame, decision: Decision, snapshot: eligibility.Snapshot) -> dict[str, Any]:
+def summarise(
+    decided: DataFrame,
+    decision: Decision,
+    snapshot: eligibility.Snapshot,
+    allocated: allocation.Allocation | None = None,
+) -> dict[str, Any]:
     """The facts of a selection: waterfall, forecast of the mailed users, binding constraint, shadow price.
+
+    With an allocation also ``shadow_prices`` of all limits, ``dual_bound`` (in the unit of the objective: the
+    currency, or conversions) and ``gap_share``, the share of it that was not reached.
 
     Raises:
         DataError: a user has no reason of the closed list, or the counts do not add up.
@@ -172,7 +239,7 @@ def summarise(decided: DataFrame, decision: Decision, snapshot: eligibility.Snap
         F.count(F.lit(1)).alias("num_users"),
         _exact_sum("cost_micro").alias("cost"),
         _exact_sum("value_micro").alias("value"),
-        F.sum(_times(F.coalesce("conversion_probability", F.lit(0.0)), _NANO)).alias("conversions"),
+        F.sum(options.times(F.coalesce("conversion_probability", F.lit(0.0)), _NANO)).alias("conversions"),
         F.min(F.when(F.col("rank").isNotNull(), F.struct("rank", "value_micro", "cost_micro"))).alias(
             "first"
         ),
@@ -180,7 +247,7 @@ def summarise(decided: DataFrame, decision: Decision, snapshot: eligibility.Snap
     rows = {str(row.reason): row for row in sums.collect()}
     counts = {reason: int(row.num_users) for reason, row in rows.items()}
     mailed = rows.get("selected")
-    constraint, price = _binding(rows)
+    constraint, price = _binding(rows) if allocated is None else _dearest(rows, section, allocated)
     selected = [rows[name] for name in ("selected", "control", "holdout") if name in rows]
     return {
         "campaign_id": decision.campaign_id,
@@ -203,7 +270,7 @@ def summarise(decided: DataFrame, decision: Decision, snapshot: eligibility.Snap
         "mailed_users": counts.get("selected", 0),
         "consent_source": snapshot.source,
         "consent_snapshot_date": snapshot.snapshot_date.isoformat(),
-    }
+    } | ({} if allocated is None else _solution_facts(section, allocated))
 
 
 def waterfall(counts: dict[str, int]) -> list[dict[str, Any]]:
@@ -233,7 +300,7 @@ def waterfall(counts: dict[str, int]) -> list[dict[str, Any]]:
     for reason, label in eligibility.REASONS.items():
         exclude(reason, label)
     milestone("eligible", "Eligible")
-    for reason in ("value", "max_recipients", "budget"):
+    for reason in ("value", "stock", "segment_max", "max_recipients", "budget"):
         exclude(reason, REASONS[reason])
     milestone("would_select", "Selected")
     for reason in ("holdout", "control"):
@@ -347,9 +414,43 @@ def _binding(rows: dict[str, Any]) -> tuple[str, float]:
     return ("value", 0.0) if "value" in rows else ("none", 0.0)
 
 
+def _dearest(
+    rows: dict[str, Any], section: SelectionConfig, allocated: allocation.Allocation
+) -> tuple[str, float]:
+    """The limit that is worth most at its shadow price, and the gain from one more unit of it.
+
+    Where no limit has a price, the first one that left a user out. Objectives without money have no gain.
+    """
+    limits, prices = options.limits(section), allocated.prices
+    worth = {"budget": (prices.budget * limits.budget, prices.budget)}
+    for unit, price in zip(limits.units, prices.units, strict=True):
+        if price > 0:
+            worth[unit.kind] = max(worth.get(unit.kind, (0.0, 0.0)), (price * unit.maximum, price / MICRO))
+    name = max(worth, key=lambda kind: worth[kind])
+    if worth[name][0] > 0:
+        return name, worth[name][1] if section.objective in options.PROFITS else 0.0
+    left_out = ("stock", "segment_max", "max_recipients", "budget", "value")
+    return next((reason for reason in left_out if reason in rows), "none"), 0.0
+
+
+def _solution_facts(section: SelectionConfig, allocated: allocation.Allocation) -> dict[str, Any]:
+    """How good the choice is: prices, bound and gap."""
+    limits, prices = options.limits(section), allocated.prices
+    unit_size = MICRO if section.objective in options.PROFITS else MICRO * MICRO
+    named = {
+        f"{unit.kind} {unit.name}".strip(): price / unit_size
+        for unit, price in zip(limits.units, prices.units, strict=True)
+    }
+    return {
+        "shadow_prices": {"budget": prices.budget * (MICRO / unit_size)} | named,
+        "dual_bound": allocated.bound / unit_size,
+        "gap_share": (allocated.bound - allocated.value) / allocated.bound if allocated.bound > 0 else 0.0,
+    }
+
+
 def _is_candidate(section: SelectionConfig) -> Column:
     match section.objective:
-        case "expected_profit":
+        case "expected_profit" | "incremental_profit":
             return F.col("value_micro") > 0
         case "threshold":
             return F.col("conversion_probability") >= section.min_probability
@@ -370,8 +471,3 @@ def _bucket(priority: Column) -> Column:
 def _exact_sum(name: str) -> Column:
     """Sum of whole numbers that cannot wrap round, as a bigint's would without a word."""
     return F.sum(F.col(name).cast("decimal(38,0)"))
-
-
-def _times(share: Column, amount: int) -> Column:
-    """``share * amount`` as a whole number, halves up; the same in every engine."""
-    return F.floor(share * F.lit(float(amount)) + 0.5).cast("bigint")
