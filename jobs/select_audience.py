@@ -2,7 +2,7 @@
 
 from pyspark.sql import SparkSession
 
-from couponflow.campaign import eligibility, export, selection
+from couponflow.campaign import contact_rules, eligibility, export, selection
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
 from couponflow.lake import tables
 
@@ -13,17 +13,20 @@ app = job_app(__doc__)
 def run(spark: SparkSession, job: Run) -> None:
     """Decide about every user of the master, write the ledger, then the audience."""
     root, day, section = job.root_uri, job.run_date, job.config.selection
+    contact_rules.check_quiet_day(day, section.quiet_days)
     scores = tables.read(spark, root, "predictions", job.dates)
     predictions, model_version = eligibility.one_prediction_per_user(scores, job.campaign, day)
-    rules = job.config.fingerprint("selection")
+    rules = job.config.fingerprint("selection", "events.staff_user_ids")
     decision = selection.Decision.of(job.campaign, day, model_version, section, rules)
-    users = eligibility.user_master(tables.read(spark, root, "users"), day)
+    snapshots = tables.read(spark, root, "users")
+    users = eligibility.user_master(snapshots, day)
+    staff = eligibility.staff_users(snapshots, day, section, eligibility.staff_ids(job.config.events))
     consent, snapshot = eligibility.consent_status(tables.read(spark, root, "consents"), users, day, section)
-    sends = tables.read(spark, root, "sends")
+    sends, orders = tables.read(spark, root, "sends"), tables.read_or_empty(spark, root, "orders")
     ledger = tables.read_or_empty(spark, root, "assignments")
-    zone = job.config.lake.time_zone
-    mails = eligibility.mails_in_window(sends, ledger, job.campaign, day, zone, section.cap_days)
-    reasoned = eligibility.with_reason(users, consent, mails, predictions, section.max_sends)
+    mails = contact_rules.mails_around(sends, ledger, job.campaign, day, section)
+    buyers = contact_rules.recent_buyers(orders, day, job.config.lake.time_zone, section)
+    reasoned = eligibility.with_reason(users, staff, consent, mails, buyers, predictions, section)
     decided = selection.with_decision(reasoned, job.campaign, section).persist()
     try:
         job.facts.update(selection.summarise(decided, decision, snapshot))
@@ -32,8 +35,8 @@ def run(spark: SparkSession, job: Run) -> None:
         is_final = export.is_final(handover)
         job.rows.update(selection.publish(decided, root, decision, job.run_id, is_final))
         ledger = tables.read(spark, root, "assignments")
-        mails = eligibility.mails_in_window(sends, ledger, job.campaign, day, zone, section.cap_days)
-        eligibility.check_cap(decided, mails, job.campaign, section.max_sends)
+        mails = contact_rules.mails_around(sends, ledger, job.campaign, day, section)
+        contact_rules.check_cap(decided, mails, job.campaign, section)
     finally:
         decided.unpersist()
 

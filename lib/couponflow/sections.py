@@ -303,6 +303,11 @@ class SelectionConfig(Section):
     control_share: Share = Field(
         default=0.1, description="Share of the selected users withheld to measure the campaign."
     )
+    explore_share: Share = Field(
+        default=0.0,
+        description="Share of the eligible users not selected that is mailed at random, so that the next "
+        "model learns about them too. Their cost is set aside first: higher leaves less to the selected.",
+    )
     holdout_share: Share = Field(default=0.0, description="Share of all users never mailed (global holdout).")
     salt: str = Field(
         default="couponflow",
@@ -318,11 +323,38 @@ class SelectionConfig(Section):
         default=0.5,
         description="A snapshot with fewer users than this share of the user master stops the run.",
     )
+    consent_max_drop_share: Share = Field(
+        default=0.1,
+        description="A snapshot that lacks more than this share of the users of an earlier one (of the last "
+        "seven) stops the run; 1 switches the check off. Raise it for one run after a person has confirmed.",
+    )
+    staff_attributes: Annotated[tuple[Annotated[str, Field(pattern="^[^=]+=[^=]+$")], ...], Loose] = Field(
+        default=(),
+        description="Attributes of the user master that mark staff and test accounts, as key=value in any "
+        "case, such as account=test. events.staff_user_ids are left out as well.",
+    )
     max_sends: int = Field(
         default=3, ge=1, description="Marketing mails allowed per user in the rolling window."
     )
     cap_days: int = Field(
         default=7, ge=1, le=365, description="Days of the rolling window of the frequency cap."
+    )
+    min_days_since_mail: int = Field(
+        default=0,
+        ge=0,
+        le=365,
+        description="Days that have to lie between two marketing mails to a user; 1 forbids two on one day, "
+        "0 switches the rule off.",
+    )
+    min_days_since_purchase: int = Field(
+        default=0,
+        ge=0,
+        le=365,
+        description="Days that have to lie between a user's last order and a mail: with 2, who ordered "
+        "yesterday waits. 0 and 1 switch the rule off, as orders of the day itself are not known yet.",
+    )
+    quiet_days: Days = Field(
+        default=(), description="Business days on which nothing is sent; a campaign on one is refused."
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.campaign import assignment, eligibility
+from couponflow.campaign import assignment, contact_rules, eligibility
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import runs, storage
 from couponflow.lake.erased import TOMBSTONE
@@ -77,7 +77,7 @@ def export_audience(
     now; who has withdrawn is dropped and counted as ``num_withdrawn``.
 
     Raises:
-        ConfigError: not approved, or recalled.
+        ConfigError: not approved, or recalled, or the run date is a quiet day.
         DataError: consent is missing, stale or too small, the tables disagree, or a list was tampered with.
         ConflictError: another version of this run date was handed over, or this one to another place.
     """
@@ -85,6 +85,7 @@ def export_audience(
     done = finished(handover)
     if done is not None:
         return done
+    contact_rules.check_quiet_day(handover.run_date, section.quiet_days)
     check_only_version(handover)
     of_version = (F.col("campaign_id") == handover.campaign_id) & (F.col("version") == handover.version)
     ledger = assignments.where(of_version)
@@ -194,14 +195,14 @@ def recipients(audience: DataFrame, ledger: DataFrame, consent: DataFrame) -> Re
     )
     joined = (
         audience.join(arms, "user_id", "full")
-        .where(F.col("rank").isNotNull() | (F.col("arm") == assignment.TREAT))
+        .where(F.col("rank").isNotNull() | F.col("arm").isin(*assignment.MAILED))
         .join(may_mail, "user_id", "left")
         .select("user_id", "campaign_id", "version", "coupon_id", "rank", "arm", "may_mail")
         .orderBy("rank", "user_id")
     )
     rows, num_withdrawn, seen = [], 0, set()
     for row in joined.toLocalIterator():
-        if row["arm"] != assignment.TREAT or row["rank"] is None:
+        if row["arm"] not in assignment.MAILED or row["rank"] is None:
             raise DataError(
                 f"audience and ledger disagree: a user with arm {row['arm']} and rank {row['rank']}; "
                 "nothing handed over, run select_audience again"

@@ -7,6 +7,7 @@ that does not fit ends the list. With one option per user this is the greedy sol
 loses less than the value of that first option left out, and never takes a worse user over a better one.
 """
 
+import logging
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -20,6 +21,8 @@ from couponflow.lake import tables
 from couponflow.lake.erased import TOMBSTONE
 from couponflow.sections import SelectionConfig
 
+log = logging.getLogger("couponflow")
+
 MICRO = 1_000_000
 MAX_AMOUNT = 1_000_000_000_000  # in micro-units still far inside a bigint
 _NANO = 1_000_000_000  # probabilities are summed in these units, so that sums are order-free
@@ -31,6 +34,7 @@ REASONS: dict[str, str] = {
     "budget": "Budget used up",
     "holdout": "Withheld: global holdout",
     "control": "Withheld: campaign control",
+    "explore": "Mailed at random",
     "selected": "Mailed",
 }
 #: Per octave, 177 buckets: fine enough that a bucket holds a small share of the users.
@@ -153,12 +157,41 @@ def select_users(options: DataFrame, section: SelectionConfig) -> DataFrame:
 def with_decision(users: DataFrame, campaign_id: str, section: SelectionConfig) -> DataFrame:
     """Options, choice and arms of users with a reason; see ``with_option``, ``select_users``, ``with_arm``.
 
-    A selected user who is withheld gets the arm's name as his ``reason``.
+    A selected user who is withheld, and one who is mailed at random, gets the arm's name as his ``reason``.
+
+    Raises:
+        ConfigError: ``explore_share`` needs more than the budget or the list size.
     """
-    chosen = select_users(with_option(users, campaign_id, section), section)
-    dealt = assignment.with_arm(chosen, campaign_id, section)
-    is_withheld = F.col("arm").isin(assignment.HOLDOUT, assignment.CONTROL)
-    return dealt.withColumn("reason", F.when(is_withheld, F.col("arm")).otherwise(F.col("reason")))
+    options = with_option(users, campaign_id, section).withColumn("is_eligible", F.col("reason").isNull())
+    chosen = select_users(options, _without_exploration(options, campaign_id, section))
+    dealt = assignment.with_arm(chosen, campaign_id, section).drop("is_eligible")
+    is_dealt = F.col("arm").isin(assignment.HOLDOUT, assignment.CONTROL, assignment.EXPLORE)
+    return dealt.withColumn("reason", F.when(is_dealt, F.col("arm")).otherwise(F.col("reason")))
+
+
+def _without_exploration(options: DataFrame, campaign_id: str, section: SelectionConfig) -> SelectionConfig:
+    """The limits that are left to the selection once every eligible user drawn for exploration is paid for.
+
+    Who is drawn and then selected on his merits is paid for twice, so the list stays within its limits and
+    may fall short of them by that. Costs a pass over the users where ``explore_share`` is above 0.
+    """
+    if not section.explore_share:
+        return section
+    is_drawn = F.col("is_eligible") & assignment.is_drawn(campaign_id, F.col("user_id"), section)
+    found = (
+        options.where(is_drawn)
+        .agg(F.count(F.lit(1)).alias("num_users"), _exact_sum("cost_micro").alias("cost"))
+        .collect()[0]
+    )
+    num_left = section.max_recipients - int(found.num_users)
+    left_micro = micro(section.budget_amount) - int(found.cost or 0)
+    if num_left < 0 or left_micro < 0:
+        raise ConfigError(
+            f"campaign {campaign_id}: selection.explore_share = {section.explore_share} draws "
+            f"{found.num_users} users for {int(found.cost) / MICRO:.2f}, above max_recipients "
+            f"{section.max_recipients} or budget_amount {section.budget_amount}; lower it"
+        )
+    return section.model_copy(update={"max_recipients": num_left, "budget_amount": left_micro / MICRO})
 
 
 def summarise(decided: DataFrame, decision: Decision, snapshot: eligibility.Snapshot) -> dict[str, Any]:
@@ -179,7 +212,18 @@ def summarise(decided: DataFrame, decision: Decision, snapshot: eligibility.Snap
     )
     rows = {str(row.reason): row for row in sums.collect()}
     counts = {reason: int(row.num_users) for reason, row in rows.items()}
-    mailed = rows.get("selected")
+    mailed = [rows[name] for name in ("selected", "explore") if name in rows]
+    arms = {"treat": "selected", "control": "control", "holdout": "holdout"}
+    sizes = {arm: counts.get(reason, 0) for arm, reason in arms.items()}
+    p_value = assignment.srm_p_value(sizes, section)
+    if p_value < assignment.SRM_LIMIT:
+        log.warning(
+            "campaign %s: treat, control and holdout are %s, not as their shares say (p = %.1e); do not "
+            "compare them before this is understood",
+            decision.campaign_id,
+            sizes,
+            p_value,
+        )
     constraint, price = _binding(rows)
     selected = [rows[name] for name in ("selected", "control", "holdout") if name in rows]
     return {
@@ -191,16 +235,18 @@ def summarise(decided: DataFrame, decision: Decision, snapshot: eligibility.Snap
         "num_users": sum(counts.values()),
         "waterfall": waterfall(counts),
         "budget_amount": section.budget_amount,
-        "expected_cost_amount": int(mailed.cost) / MICRO if mailed else 0.0,
-        "expected_conversions": int(mailed.conversions) / _NANO if mailed else 0.0,
-        "expected_profit_amount": int(mailed.value) / MICRO if mailed else 0.0,
+        "expected_cost_amount": sum(int(row.cost) for row in mailed) / MICRO,
+        "expected_conversions": sum(int(row.conversions) for row in mailed) / _NANO,
+        "expected_profit_amount": sum(int(row.value) for row in mailed) / MICRO,
         "selected_cost_amount": sum(int(row.cost) for row in selected) / MICRO,
         "binding_constraint": constraint,
         "shadow_price": price,
         "selected_users": sum(int(row.num_users) for row in selected),
         "control_users": counts.get("control", 0),
         "holdout_users": counts.get("holdout", 0),
-        "mailed_users": counts.get("selected", 0),
+        "explore_users": counts.get("explore", 0),
+        "mailed_users": sum(int(row.num_users) for row in mailed),
+        "srm_p_value": p_value,
         "consent_source": snapshot.source,
         "consent_snapshot_date": snapshot.snapshot_date.isoformat(),
     }
@@ -235,12 +281,14 @@ def waterfall(counts: dict[str, int]) -> list[dict[str, Any]]:
     milestone("eligible", "Eligible")
     for reason in ("value", "max_recipients", "budget"):
         exclude(reason, REASONS[reason])
-    milestone("would_select", "Selected")
+    num_explored = counts.get("explore", 0)
+    milestone("would_select", "Selected, or drawn at random" if num_explored else "Selected")
     for reason in ("holdout", "control"):
         exclude(reason, REASONS[reason])
     milestone("mailed", REASONS["selected"])
-    if remaining != counts.get("selected", 0):
-        raise DataError(f"waterfall: {remaining} users remain, {counts.get('selected', 0)} are mailed")
+    num_mailed = counts.get("selected", 0) + num_explored
+    if remaining != num_mailed:
+        raise DataError(f"waterfall: {remaining} users remain, {num_mailed} are mailed")
     return steps
 
 
@@ -262,15 +310,16 @@ def ledger_rows(decided: DataFrame, decision: Decision, run_id: str) -> DataFram
 
 
 def audience_rows(decided: DataFrame, decision: Decision) -> DataFrame:
-    """Rows of ``audience``: the users to mail and nobody else."""
-    return decided.where(F.col("arm") == assignment.TREAT).select(
+    """Rows of ``audience``: the users to mail and nobody else; rank 0 is mailed at random, not chosen."""
+    is_explored = F.col("arm") == assignment.EXPLORE
+    return decided.where(F.col("arm").isin(*assignment.MAILED)).select(
         F.lit(decision.campaign_id).alias("campaign_id"),
         F.lit(decision.version).alias("version"),
         "user_id",
         "coupon_id",
         "conversion_probability",
         (F.col("value_micro").cast("double") / MICRO).alias("expected_value_amount"),
-        F.col("rank").cast("bigint").alias("rank"),
+        F.when(is_explored, 0).otherwise(F.col("rank")).cast("bigint").alias("rank"),
     )
 
 
