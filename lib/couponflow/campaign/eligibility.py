@@ -121,11 +121,12 @@ def consent_status(
     """
     where = f"table consents, run date {run_date}"
     known = consents.where(F.col("snapshot_date") <= F.lit(run_date))
-    newest = known.agg(F.max("snapshot_date")).collect()[0][0]
-    if newest is None:
+    days = sorted(row[0] for row in known.select("snapshot_date").distinct().collect())
+    if not days:
         raise DataError(
             f"{where}: no snapshot; deliver the consent feed and run clean_feeds, no list without it"
         )
+    newest = days[-1]
     age_hours = 24 * (run_date - newest).days
     if age_hours > section.consent_max_age_hours:
         raise DataError(
@@ -163,21 +164,21 @@ def consent_status(
             f"{section.consent_channel}/{section.consent_purpose}, at least a share of "
             f"{section.consent_min_share} is needed; check the delivery, no list without it"
         )
-    _check_drop(known, newest, section, where)
+    if len(days) > 1:
+        _check_drop(known, days[-1 - _NUM_EARLIER :], section, where)
     status = by_user.select("user_id", reason.alias("consent_reason"))
     return status, Snapshot(newest, str(covered.source), int(covered.num_covered))
 
 
-def _check_drop(known: DataFrame, newest: date, section: SelectionConfig, where: str) -> None:
-    """Refuse a snapshot with suddenly fewer users for the channel and purpose than one of those before it.
+def _check_drop(known: DataFrame, days: list[date], section: SelectionConfig, where: str) -> None:
+    """Refuse the last of these snapshots if it has suddenly fewer users for the channel and purpose.
 
     Raises:
         DataError: more than ``consent_max_drop_share`` of the largest one's number are gone.
     """
-    days = sorted(row[0] for row in known.select("snapshot_date").distinct().collect())
     sizes = (
         known.where(
-            F.col("snapshot_date").isin(days[-1 - _NUM_EARLIER :])
+            F.col("snapshot_date").isin(days)
             & (F.col("channel") == section.consent_channel)
             & (F.col("purpose") == section.consent_purpose)
         )
@@ -185,7 +186,7 @@ def _check_drop(known: DataFrame, newest: date, section: SelectionConfig, where:
         .agg(F.countDistinct("user_id").alias("num_users"))
     )
     by_day = {row.snapshot_date: int(row.num_users) for row in sizes.collect()}
-    largest = max(by_day, key=lambda day: (by_day[day], day))
+    newest, largest = days[-1], max(by_day, key=lambda day: (by_day[day], day))
     num_gone = by_day[largest] - by_day[newest]
     if num_gone > section.consent_max_drop_share * by_day[largest] + 1e-9:
         raise DataError(
