@@ -335,3 +335,19 @@ def test_exploration_takes_its_users_off_the_limits_or_is_refused(spark: SparkSe
             ConfigError, match=f"explore_share = 0.4 draws {num_drawn} users for {num_drawn}.00"
         ):
             mailed(**limit)
+
+
+def test_a_split_that_is_not_the_intended_one_is_reported_with_a_warning(
+    spark: SparkSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    schema = "user_id string, conversion_probability double, score double, reason string"
+    frame = literals.frame(spark, [(f"u{n}", 0.5, 0.5, None) for n in range(10)], schema)
+    section = SelectionConfig(control_share=0.0)
+    decided = selection.with_decision(frame, "18", section).persist()
+    for share, is_wrong in ((0.0, False), (0.9, True)):
+        caplog.clear()
+        believed = selection.Decision.of("18", D0, "m", SelectionConfig(control_share=share), "abcdef")
+        facts = selection.summarise(decided, believed, eligibility.Snapshot(D0, "crm", 10))
+        assert (facts["srm_p_value"] < assignment.SRM_LIMIT) == is_wrong
+        assert ("campaign 18: treat, control and holdout are" in caplog.text) == is_wrong
+    decided.unpersist()

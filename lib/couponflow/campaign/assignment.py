@@ -54,10 +54,10 @@ def deal_arm(campaign_id: str, user_id: str, section: SelectionConfig, is_select
     """The arm of an eligible user, selected or not."""
     is_holdout = unit_hash(_holdout_salt(section), user_id) < section.holdout_share
     is_control = unit_hash(_control_salt(section, campaign_id), user_id) < section.control_share
-    is_drawn = unit_hash(_explore_salt(section, campaign_id), user_id) < section.explore_share
+    is_explored = unit_hash(_explore_salt(section, campaign_id), user_id) < section.explore_share
     if is_selected:
         return HOLDOUT if is_holdout else CONTROL if is_control else TREAT
-    return EXPLORE if is_drawn and not is_holdout else NONE
+    return EXPLORE if is_explored and not is_holdout else NONE
 
 
 def propensity(arm: str, section: SelectionConfig) -> float:
