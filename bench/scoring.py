@@ -32,8 +32,9 @@ from pyspark.sql.pandas.functions import pandas_udf
 
 from bench.run import Action, Claim, in_turns, median_ratio
 from couponflow.campaign import scoring, shipping
+from couponflow.campaigning import ScoringConfig
 from couponflow.lake import layouts, tables
-from couponflow.sections import ScoringConfig, SparkConfig
+from couponflow.sections import SparkConfig
 
 if TYPE_CHECKING:
     from couponflow.models.batch import Batch

@@ -12,8 +12,9 @@ from pyspark.sql import functions as F
 
 from bench.run import Claim
 from couponflow.campaign import allocation, options, selection
+from couponflow.campaigning import CouponOption, SegmentLimit, SelectionConfig
 from couponflow.lake import tables
-from couponflow.sections import CouponOption, SegmentLimit, SelectionConfig, SparkConfig
+from couponflow.sections import SparkConfig
 
 CLAIMS = ("selection_scaling", "selection_scaling_growth")
 NUM_USERS = 1_000_000

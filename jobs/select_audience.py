@@ -2,7 +2,7 @@
 
 from pyspark.sql import SparkSession
 
-from couponflow.campaign import eligibility, export, selection
+from couponflow.campaign import candidates, contact_rules, export, ledger, selection
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
 from couponflow.lake import tables
 
@@ -13,28 +13,18 @@ app = job_app(__doc__)
 def run(spark: SparkSession, job: Run) -> None:
     """Decide about every user of the master, write the ledger, then the audience."""
     root, day, section = job.root_uri, job.run_date, job.config.selection
-    scores = tables.read(spark, root, "predictions", job.dates)
-    predictions, model_version = eligibility.one_prediction_per_user(scores, job.campaign, day)
-    rules = job.config.fingerprint("selection")
-    decision = selection.Decision.of(job.campaign, day, model_version, section, rules)
-    users = eligibility.user_master(tables.read(spark, root, "users"), day)
-    consent, snapshot = eligibility.consent_status(tables.read(spark, root, "consents"), users, day, section)
-    sends = tables.read(spark, root, "sends")
-    ledger = tables.read_or_empty(spark, root, "assignments")
-    zone = job.config.lake.time_zone
-    mails = eligibility.mails_in_window(sends, ledger, job.campaign, day, zone, section.cap_days)
-    reasoned = eligibility.with_reason(users, consent, mails, predictions, section.max_sends)
-    allocated = selection.allocate(reasoned, job.campaign, section)
-    decided = selection.with_decision(reasoned, job.campaign, section, allocated).persist()
+    found = candidates.read(spark, job.config, job.campaign, day)
+    decision = found.decision
+    allocated = selection.allocate(found.users, job.campaign, section)
+    decided = selection.with_decision(found.users, job.campaign, section, allocated).persist()
     try:
-        job.facts.update(selection.summarise(decided, decision, snapshot, allocated))
+        job.facts.update(selection.summarise(decided, decision, found.snapshot, allocated))
         target = job.config.export.target_uri
         handover = export.Handover(root, target, job.campaign, decision.version, day, job.run_id)
         is_final = export.is_final(handover)
-        job.rows.update(selection.publish(decided, root, decision, job.run_id, is_final))
-        ledger = tables.read(spark, root, "assignments")
-        mails = eligibility.mails_in_window(sends, ledger, job.campaign, day, zone, section.cap_days)
-        eligibility.check_cap(decided, mails, job.campaign, section.max_sends)
+        job.rows.update(ledger.publish(decided, root, decision, job.run_id, is_final))
+        mails = candidates.mails(spark, job.config, job.campaign, day)  # with what others have decided
+        contact_rules.check_cap(decided, mails, job.campaign, section)
     finally:
         decided.unpersist()
 

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
+from couponflow.campaigning import ExportConfig, ScoringConfig, SelectionConfig
 from couponflow.errors import ConfigError
 from couponflow.mappings import FeedsConfig
 from couponflow.modelling import BoostingConfig, CalibrationConfig, ModelConfig, TrainingConfig
@@ -23,13 +24,10 @@ from couponflow.sections import (
     EvaluationConfig,
     EventsConfig,
     ExamplesConfig,
-    ExportConfig,
     LakeConfig,
     MaintenanceConfig,
     MonitoringConfig,
     RunConfig,
-    ScoringConfig,
-    SelectionConfig,
     SessionsConfig,
     SourceConfig,
     SparkConfig,

@@ -168,7 +168,7 @@ def plan(config: Config) -> list[Stage]:
         Stage(
             "select_audience",
             day,
-            ("lake", "selection", "export.target_uri"),
+            ("lake", "selection", "events.staff_user_ids", "export.target_uri"),
             (f"score campaign {campaign}", "clean_feeds"),
             ("assignments", "audience"),
             campaign,

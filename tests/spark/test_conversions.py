@@ -85,6 +85,7 @@ def test_the_first_delivery_of_a_send_counts_whatever_range_is_read(
         send("moved", ingest_date=date(2017, 3, 1)),
         send("moved", **again, send_date=date(2017, 3, 3)),
         send("late", **again),
+        send("receipt", **again, mail_type="transactional"),  # nobody chose whom to send it to
     ]
     tables.overwrite(make_frame(spark, "sends", sends), root_uri, "sends", days)
     whole, *by_day = (

@@ -115,7 +115,7 @@ class World:
             for user in (GONE, STAYS, OTHER)
         ]
         for row in sends:
-            row |= {"coupon_id": None, "propensity": 0.5}
+            row |= {"coupon_id": None, "propensity": 0.5, "mail_type": "marketing"}
         schema = pa.Table.from_pylist(sends).schema.set(4, pa.field("coupon_id", pa.string()))
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(sends, schema=schema), buffer)

@@ -50,6 +50,7 @@ def test_feeds_land_in_their_tables_with_reasons_and_counts(spark: SparkSession,
         update={"lake": config.lake.model_copy(update={"time_zone": "America/New_York"})}
     )
     old = SEND | {"send_id": "s2", "delivered_time": "2023-11-05T04:30:00Z"}
+    old |= {"campaign_id": "another team's", "mail_type": "transactional"}
     land(root, "sends", [SEND, SEND, old, SEND | {"send_id": None}, SEND | {"delivered_time": "noon"}])
     land(root, "sends", [SEND | {"coupon_id": "later file"}], name="b.jsonl")
     land(root, "sends", [SEND], day="2024-01-11")
@@ -63,6 +64,8 @@ def test_feeds_land_in_their_tables_with_reasons_and_counts(spark: SparkSession,
 
     job = clean(spark, local)
     sends = {(r["send_id"], r["ingest_date"].day): r for r in tables.read(spark, root, "sends").collect()}
+    assert (sends["s2", 10].campaign_id, sends["s2", 10].mail_type) == ("another team's", "transactional")
+    assert sends["s1", 10].mail_type is None
     assert set(sends) == {("s1", 10), ("s1", 11), ("s2", 10)}
     assert sends["s1", 10]["coupon_id"] == "later file"
     assert sends["s2", 10]["send_date"] == date(2023, 11, 5)  # 00:30 EDT

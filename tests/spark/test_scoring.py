@@ -15,6 +15,7 @@ from builders import D0, make_frame, make_row
 from pyspark.sql import DataFrame, SparkSession
 
 from couponflow.campaign import gates, publication, scoring, shipping
+from couponflow.campaigning import ScoringConfig
 from couponflow.errors import ConfigError, DataError, InfraError
 from couponflow.lake import faults, layouts, literals, schemas, storage, tables
 from couponflow.modelling import ModelConfig
@@ -23,7 +24,6 @@ from couponflow.models.batch import RANDOM_SIZES, decode
 from couponflow.models.bundle import Bundle, save_bundle
 from couponflow.models.calibration import Calibrator
 from couponflow.models.dien import Dien
-from couponflow.sections import ScoringConfig
 
 SECTION = ScoringConfig(arrow_batch_rows=16, chunk_rows=7)
 NUM_WIDE = len(layouts.WIDE_FEATURES)

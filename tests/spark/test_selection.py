@@ -16,12 +16,12 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
 from couponflow.campaign import assignment, eligibility, export, knapsack, options, pricing, selection
+from couponflow.campaigning import CouponOption, SegmentLimit, SelectionConfig
 from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.entry import Run, record_run
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import literals, storage, tables
-from couponflow.sections import CouponOption, SegmentLimit, SelectionConfig
 from jobs import export_audience, select_audience
 
 SNAPSHOT = eligibility.Snapshot(D0, "constructed", 1)

@@ -97,7 +97,9 @@ def test_a_table_of_other_code_is_refused(spark: SparkSession, root_uri: str) ->
             tables.read(spark, root_uri, "orders")
         with pytest.raises(DataError, match=found):
             tables.overwrite(make_frame(spark, "orders", [order("b")]), root_uri, "orders", day)
-    spark.sql(f"ALTER TABLE {place} SET TBLPROPERTIES ('couponflow.schema_version' = '2')")
+    spark.sql(
+        f"ALTER TABLE {place} SET TBLPROPERTIES ('couponflow.schema_version' = '{schemas.SCHEMA_VERSION}')"
+    )
     assert ids(spark, root_uri) == {"a"}
 
 

@@ -1,10 +1,11 @@
 import hashlib
+import math
 from collections import Counter
 
 import pytest
 
 from couponflow.campaign import assignment
-from couponflow.sections import SelectionConfig
+from couponflow.campaigning import SelectionConfig
 
 USERS = [f"user-{n}" for n in range(20_000)]
 
@@ -34,6 +35,73 @@ def test_arms_have_their_shares_and_propensities_add_up() -> None:
         )
     assert sum(assignment.propensity(a, section) for a in ("treat", "control", "holdout")) == pytest.approx(1)
     assert assignment.propensity("none", section) == 1.0
+
+
+def test_a_share_of_those_not_selected_is_mailed_at_random_and_nobody_of_the_holdout() -> None:
+    section = SelectionConfig(control_share=0.2, holdout_share=0.1, explore_share=0.05)
+    dealt = {user: assignment.deal_arm("18", user, section, is_selected=False) for user in USERS}
+    assert set(dealt.values()) == {"explore", "none"}
+    for arm in ("explore", "none"):
+        share = assignment.propensity(arm, section)
+        found = list(dealt.values()).count(arm) / len(USERS)
+        assert found == pytest.approx(share, abs=6 * (share * (1 - share) / len(USERS)) ** 0.5)
+    assert assignment.propensity("explore", section) == pytest.approx(0.9 * 0.05)
+    assert assignment.propensity("explore", section) + assignment.propensity("none", section) == 1.0
+    explored = {user for user, arm in dealt.items() if arm == "explore"}
+    selected = {user: assignment.deal_arm("18", user, section) for user in USERS}
+    assert "holdout" not in {selected[user] for user in explored}
+    # The draw is one of its own: neither the control nor the draw of another campaign goes with it.
+    assert {"treat", "control"} == {selected[user] for user in explored}
+    again = {
+        user for user in USERS if assignment.deal_arm("19", user, section, is_selected=False) == "explore"
+    }
+    assert len(explored & again) < 0.2 * len(explored)
+    nobody = section.model_copy(update={"explore_share": 0.0})
+    assert {assignment.deal_arm("18", user, nobody, is_selected=False) for user in USERS} == {"none"}
+
+
+def test_the_holdout_is_stable_when_the_list_grows() -> None:
+    section = SelectionConfig(holdout_share=0.1)
+    before = {user: assignment.deal_arm("18", user, section) for user in USERS[:5000]}
+    after = {user: assignment.deal_arm("18", user, section) for user in reversed(USERS)}
+    assert {user: after[user] for user in before} == before
+
+
+def test_srm_equals_the_known_value() -> None:
+    """[treat 40, control 60] of halves: (10^2 + 10^2) / 50 = 4 with one degree of freedom, p = .0455."""
+    halves = SelectionConfig(control_share=0.5)
+    assert assignment.srm_p_value({"treat": 40, "control": 60}, halves) == pytest.approx(0.04550026, rel=1e-6)
+    # Three arms of .72, .18, .10: 1,000 dealt as 700, 190, 110 is 0.5556 + 0.5556 + 1, two degrees.
+    three = SelectionConfig(control_share=0.2, holdout_share=0.1)
+    found = assignment.srm_p_value({"treat": 700, "control": 190, "holdout": 110}, three)
+    assert found == pytest.approx(math.exp(-(400 / 720 + 100 / 180 + 100 / 100) / 2), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("counts", "over", "expected"),
+    [
+        ({}, {"control_share": 0.5}, 1.0),
+        ({"treat": 9}, {"control_share": 0.0}, 1.0),  # one arm: nothing to compare
+        ({"treat": 50, "control": 50, "explore": 999, "none": 5}, {"control_share": 0.5}, 1.0),
+        ({"treat": 9, "control": 1}, {"control_share": 0.0}, 0.0),  # an arm that nobody was to be in
+    ],
+)
+def test_srm_at_the_edges(counts: dict[str, int], over: dict[str, float], expected: float) -> None:
+    assert assignment.srm_p_value(counts, SelectionConfig(**over)) == expected
+
+
+def test_srm_finds_a_broken_split_and_seldom_doubts_a_good_one() -> None:
+    section = SelectionConfig(control_share=0.3, holdout_share=0.1)
+    doubted = 0
+    for campaign in range(200):
+        arms = Counter(assignment.deal_arm(str(campaign), user, section) for user in USERS[:1000])
+        doubted += assignment.srm_p_value(arms, section) < 0.05
+    # The holdout is common to all campaigns, so their p-values hang together; 10 are expected.
+    assert doubted <= 30
+    arms = Counter(assignment.deal_arm("18", user, section) for user in USERS)
+    assert assignment.srm_p_value(arms, section) > assignment.SRM_LIMIT
+    arms["control"] -= arms["control"] // 10  # a tenth of the control has got lost
+    assert assignment.srm_p_value(arms, section) < assignment.SRM_LIMIT
 
 
 def test_the_holdout_is_the_same_in_every_campaign_and_the_control_is_not() -> None:

@@ -15,11 +15,11 @@ import pytest
 from bigquery_server import BigQuery, serving
 
 from couponflow.campaign import erasing, export, predictions
+from couponflow.campaigning import ExportConfig
 from couponflow.cloud import bigquery
 from couponflow.config import load_config
 from couponflow.errors import ConfigError, ConflictError, CouponflowError, DataError, InfraError
 from couponflow.lake import faults, runs, storage
-from couponflow.sections import ExportConfig
 
 DAY = date(2024, 1, 10)
 DATASET = "shop-project.mails"

@@ -17,6 +17,7 @@ LAYERS = {
     "lake.contracts": 1,
     "values": 2,
     "sections": 3,
+    "campaigning": 3,
     "world": 3,
     "mappings": 3,
     "modelling": 3,
@@ -51,6 +52,7 @@ LAYERS = {
 AT_TOP = {
     "values": {"pydantic"},
     "sections": {"pydantic"},
+    "campaigning": {"pydantic"},
     "world": {"pydantic"},
     "mappings": {"pydantic"},
     "modelling": {"pydantic"},

@@ -9,8 +9,8 @@ import pytest
 from couponflow.campaign import intervals, planning, power
 from couponflow.campaign.planning import Base
 from couponflow.campaign.power import Arms
+from couponflow.campaigning import SelectionConfig
 from couponflow.errors import ConfigError, DataError
-from couponflow.sections import SelectionConfig
 
 RUNS = 20_000
 

@@ -1,4 +1,4 @@
-"""Who may be mailed at all: consent, suppression, frequency cap. Fails closed everywhere.
+"""Who may be mailed at all: no staff, consent, suppression, caps and gaps. Fails closed everywhere.
 
 Every user of the master gets either no reason (eligible) or exactly one from ``REASONS``, the first that
 applies. What is unknown counts against mailing: no consent record, an unknown state or reason, no usable
@@ -6,19 +6,21 @@ score.
 """
 
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.dates import day_start
-from couponflow.errors import ConflictError, DataError
-from couponflow.sections import SelectionConfig
+from couponflow.campaigning import SelectionConfig
+from couponflow.errors import DataError
+from couponflow.sections import EventsConfig
+from couponflow.sequences import feeds, robots
 
 #: Suppressions that the consent source names; any other refusal is ``consent_denied``.
 SUPPRESSIONS = ("unsubscribe", "bounce", "complaint", "legal")
 #: Reason -> label for people, in the order in which they are tried.
 REASONS: dict[str, str] = {
+    "staff": "Staff or test account",
     "no_consent_record": "No consent record",
     "unsubscribe": "Unsubscribed",
     "bounce": "Address bounced",
@@ -26,8 +28,13 @@ REASONS: dict[str, str] = {
     "legal": "Legal block",
     "consent_denied": "Consent denied",
     "frequency_cap": "Mailed often enough already",
+    "recent_mail": "Mailed too recently",
+    "recent_purchase": "Bought too recently",
     "no_prediction": "No usable score",
 }
+#: Snapshots before the newest one whose largest it is measured against: one broken delivery that nobody has
+#: looked into is no measure for the next.
+_NUM_EARLIER = 7
 
 
 @dataclass(frozen=True)
@@ -39,18 +46,63 @@ class Snapshot:
     num_users: int
 
 
+def staff_ids(config: EventsConfig) -> tuple[str, ...]:
+    """The config's staff and test accounts as the tables know them.
+
+    Raises:
+        ConfigError: there are some, and the key of their pseudonyms is not set.
+    """
+    return robots.staff_ids(config, feeds.load_key(config)) if config.staff_user_ids else ()
+
+
 def user_master(users: DataFrame, run_date: date) -> DataFrame:
     """Users of the newest snapshot at or before the run date with their ``attributes``, one row each.
 
     Raises:
         DataError: there is no such snapshot.
     """
+    return _newest_master(users, run_date).select("user_id").distinct()
+
+
+def staff_users(
+    users: DataFrame, run_date: date, section: SelectionConfig, staff: tuple[str, ...]
+) -> DataFrame:
+    """Those of the master that are staff or test accounts; one row per ``user_id``.
+
+    They are in ``staff``, or have an attribute of ``staff_attributes`` (its value in any case).
+
+    Raises:
+        DataError: there is no master, or nobody in it has an attribute that marks staff.
+    """
+    master = _newest_master(users, run_date)
+    marks = [mark.split("=") for mark in section.staff_attributes]
+    _check_attributes(master, sorted({key for key, _ in marks}))
+    is_staff = F.col("user_id").isin(*staff) if staff else F.lit(False)
+    for key, value in marks:
+        told = F.lower(F.trim(F.col("attributes").getItem(key)))
+        is_staff |= F.coalesce(told == value.strip().lower(), F.lit(False))
+    return master.where(is_staff).select("user_id").distinct()
+
+
+def _newest_master(users: DataFrame, run_date: date) -> DataFrame:
     known = users.where(F.col("snapshot_date") <= F.lit(run_date))
     newest = known.agg(F.max("snapshot_date")).collect()[0][0]
     if newest is None:
         raise DataError(f"table users has no snapshot up to {run_date}; run clean_feeds for that day first")
-    of_day = known.where(F.col("snapshot_date") == F.lit(newest))
-    return of_day.dropDuplicates(["user_id"]).select("user_id", "attributes")
+    return known.where(F.col("snapshot_date") == F.lit(newest))
+
+
+def _check_attributes(master: DataFrame, keys: list[str]) -> None:
+    """Refuse a master in which nobody has an attribute that marks staff: its source has changed."""
+    if not keys:
+        return
+    found = master.agg(*[F.count(F.col("attributes").getItem(key)).alias(key) for key in keys]).collect()[0]
+    for key in keys:
+        if not found[key]:
+            raise DataError(
+                f"table users: nobody in the newest snapshot has the attribute {key}, by which "
+                "selection.staff_attributes finds staff and test accounts; check the delivery or the name"
+            )
 
 
 def consent_status(
@@ -65,16 +117,17 @@ def consent_status(
     Age: days between snapshot and run date, 24 hours each, so a change of summer time stops nobody.
 
     Raises:
-        DataError: no snapshot, one that is too old, empty for the channel and purpose, or covering too
-            few of ``users``. Then there is no list.
+        DataError: no snapshot, one that is too old, empty for the channel and purpose, covering too few of
+            ``users``, or with suddenly fewer users than before. Then there is no list.
     """
     where = f"table consents, run date {run_date}"
     known = consents.where(F.col("snapshot_date") <= F.lit(run_date))
-    newest = known.agg(F.max("snapshot_date")).collect()[0][0]
-    if newest is None:
+    days = sorted(row[0] for row in known.select("snapshot_date").distinct().collect())
+    if not days:
         raise DataError(
             f"{where}: no snapshot; deliver the consent feed and run clean_feeds, no list without it"
         )
+    newest = days[-1]
     age_hours = 24 * (run_date - newest).days
     if age_hours > section.consent_max_age_hours:
         raise DataError(
@@ -112,8 +165,37 @@ def consent_status(
             f"{section.consent_channel}/{section.consent_purpose}, at least a share of "
             f"{section.consent_min_share} is needed; check the delivery, no list without it"
         )
+    if len(days) > 1:
+        _check_drop(known, days[-1 - _NUM_EARLIER :], section, where)
     status = by_user.select("user_id", reason.alias("consent_reason"))
     return status, Snapshot(newest, str(covered.source), int(covered.num_covered))
+
+
+def _check_drop(known: DataFrame, days: list[date], section: SelectionConfig, where: str) -> None:
+    """Refuse the last of these snapshots if it has suddenly fewer users for the channel and purpose.
+
+    Raises:
+        DataError: more than ``consent_max_drop_share`` of the largest one's number are gone.
+    """
+    sizes = (
+        known.where(
+            F.col("snapshot_date").isin(days)
+            & (F.col("channel") == section.consent_channel)
+            & (F.col("purpose") == section.consent_purpose)
+        )
+        .groupBy("snapshot_date")
+        .agg(F.countDistinct("user_id").alias("num_users"))
+    )
+    by_day = {row.snapshot_date: int(row.num_users) for row in sizes.collect()}
+    newest, largest = days[-1], max(by_day, key=lambda day: (by_day[day], day))
+    num_gone = by_day[largest] - by_day[newest]
+    if num_gone > section.consent_max_drop_share * by_day[largest] + 1e-9:
+        raise DataError(
+            f"{where}: snapshot {newest} has {by_day[newest]} users for {section.consent_channel}/"
+            f"{section.consent_purpose}, {num_gone} fewer than that of {largest}; a share of "
+            f"{section.consent_max_drop_share} may be gone at once. Check the delivery; if it is right, run "
+            "once with a higher selection.consent_max_drop_share"
+        )
 
 
 def consent_at_export(
@@ -138,90 +220,39 @@ def consent_at_export(
     )
 
 
-def mails_in_window(
-    sends: DataFrame,
-    assignments: DataFrame,
-    campaign_id: str,
-    run_date: date,
-    time_zone: str,
-    cap_days: int,
-) -> DataFrame:
-    """Marketing mails per user in the ``cap_days`` days before the run date, over all campaigns.
-
-    Returns ``user_id``, ``num_mails``; users without any are absent.
-    Rule: sends delivered in [start of run date - cap_days, start of run date), plus mailed users of the
-    ledger whose send is not known yet: decided in the same days, or on the run date for another campaign
-    (two campaigns prepared at once must not exceed the cap together). A decision of this campaign on the
-    run date is what is being made now and does not count. A send answers a decision of its campaign that is
-    not younger; an earlier wave of the campaign is another mail.
-    """
-    start = day_start(run_date - timedelta(days=cap_days), time_zone)
-    as_of = day_start(run_date, time_zone)
-    delivered = sends.where(
-        (F.col("delivered_time") >= F.lit(start)) & (F.col("delivered_time") < F.lit(as_of))
-    )
-    decided = (
-        assignments.where(
-            (F.col("arm") == "treat")
-            & (F.col("run_date") >= F.lit(run_date - timedelta(days=cap_days)))
-            & (F.col("run_date") <= F.lit(run_date))
-            & ~((F.col("campaign_id") == campaign_id) & (F.col("run_date") == F.lit(run_date)))
-        )
-        .select("user_id", "campaign_id", "run_date")
-        .distinct()  # two versions of one decision are one mail
-    )
-    last = delivered.groupBy("user_id", "campaign_id").agg(F.max("send_date").alias("last_send_date"))
-    unsent = decided.join(last, ["user_id", "campaign_id"], "left").where(
-        F.col("last_send_date").isNull() | (F.col("last_send_date") < F.col("run_date"))
-    )
-    mails = delivered.select("user_id").unionByName(unsent.select("user_id"))
-    return mails.groupBy("user_id").agg(F.count(F.lit(1)).alias("num_mails"))
-
-
-def check_cap(decided: DataFrame, mails: DataFrame, campaign_id: str, max_sends: int) -> None:
-    """Make sure that nobody who is to be mailed has reached the cap since the decision was prepared.
-
-    Inputs: ``decided`` with ``user_id`` and ``arm``; ``mails`` of ``mails_in_window``, read from the ledger
-    after the decision was written to it. Two campaigns prepared at the same time cannot see each other
-    before, so the one that finds the other here has to decide again.
-
-    Raises:
-        ConflictError: another campaign has taken such a user meanwhile.
-    """
-    over = mails.where(F.col("num_mails") >= max_sends).join(
-        decided.where(F.col("arm") == "treat"), "user_id"
-    )
-    num_over = over.count()
-    if num_over:
-        raise ConflictError(
-            f"campaign {campaign_id}: another campaign was prepared at the same time and mails {num_over} of "
-            "the same users beyond the frequency cap; run select_audience again"
-        )
-
-
 def with_reason(
-    users: DataFrame, consent: DataFrame, mails: DataFrame, predictions: DataFrame, max_sends: int
+    users: DataFrame,
+    staff: DataFrame,
+    consent: DataFrame,
+    mails: DataFrame,
+    buyers: DataFrame,
+    predictions: DataFrame,
+    section: SelectionConfig,
 ) -> DataFrame:
     """Join what is known about each user and name why he may not be mailed.
 
     Grain: one row per ``user_id`` of ``users``; every one of them, and no other.
     Adds: ``conversion_probability`` (null without a usable prediction), the raw ``score`` beside it,
     ``reason`` (null = eligible). Other columns of ``users`` stay, for conditions on segments.
-    Inputs: ``consent`` of ``consent_status``, ``mails`` of ``mails_in_window``, ``predictions`` with one
-    row per user.
+    Inputs: ``users`` of ``user_master``, ``staff`` of ``staff_users``, ``consent`` of ``consent_status``,
+    ``mails`` and ``buyers`` of ``contact_rules``, ``predictions`` with one row per user.
     """
     probability = F.col("conversion_probability")
     is_usable = probability.isNotNull() & ~F.isnan(probability) & probability.between(0.0, 1.0)
     joined = (
-        users.join(consent.withColumn("has_record", F.lit(True)), "user_id", "left")
+        users.join(staff.select("user_id", F.lit(True).alias("is_staff")), "user_id", "left")
+        .join(consent.withColumn("has_record", F.lit(True)), "user_id", "left")
         .join(mails, "user_id", "left")
+        .join(buyers.select("user_id", F.lit(True).alias("has_bought")), "user_id", "left")
         .join(predictions.select("user_id", "conversion_probability", "score"), "user_id", "left")
         .withColumn("conversion_probability", F.when(is_usable, probability))
     )
-    tests = {"no_consent_record": F.col("has_record").isNull()}
+    tests = {"staff": F.col("is_staff"), "no_consent_record": F.col("has_record").isNull()}
     tests |= {name: F.col("consent_reason") == name for name in (*SUPPRESSIONS, "consent_denied")}
     tests |= {
-        "frequency_cap": F.coalesce(F.col("num_mails"), F.lit(0)) >= max_sends,
+        "frequency_cap": F.coalesce(F.col("num_mails"), F.lit(0)) >= section.max_sends,
+        "recent_mail": F.col("days_to_mail") < section.min_days_since_mail,
+        "recent_purchase": F.col("has_bought"),
         "no_prediction": F.col("conversion_probability").isNull(),
     }
     kept = [*users.columns, "conversion_probability", "score"]

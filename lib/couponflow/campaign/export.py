@@ -24,11 +24,11 @@ from typing import Any, Protocol
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.campaign import eligibility
+from couponflow.campaign import contact_rules, eligibility
 from couponflow.campaign.recipients import COLUMNS, Recipients, check_ids, recipients, render, seeds_of
+from couponflow.campaigning import ExportConfig, SelectionConfig
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import erased, faults, runs, storage
-from couponflow.sections import ExportConfig, SelectionConfig
 
 EXPORT_SCHEMA_VERSION = 2
 FILE, MANIFEST = "audience.csv", "manifest.json"
@@ -87,7 +87,7 @@ def export_audience(
     now; who has withdrawn is dropped and counted as ``num_withdrawn``.
 
     Raises:
-        ConfigError: not approved, or recalled.
+        ConfigError: not approved, or recalled, or the run date is a quiet day.
         DataError: consent is missing, stale or too small, the tables disagree, or a list was tampered with.
         ConflictError: another version of this run date was handed over, or this one to another place.
     """
@@ -95,6 +95,7 @@ def export_audience(
     done = finished(handover)
     if done is not None:
         return done
+    contact_rules.check_quiet_day(handover.run_date, section.quiet_days)
     check_only_version(handover)
     of_version = (F.col("campaign_id") == handover.campaign_id) & (F.col("version") == handover.version)
     ledger = assignments.where(of_version)

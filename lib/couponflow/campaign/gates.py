@@ -10,8 +10,8 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from couponflow.campaign.shipping import ShippedBundle
+from couponflow.campaigning import ScoringConfig
 from couponflow.errors import ConfigError, DataError
-from couponflow.sections import ScoringConfig
 
 _PSI_BUCKETS = 10
 _LEAST_SHARE = 1e-4

@@ -9,8 +9,8 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from couponflow.campaign import assignment, pricing
+from couponflow.campaigning import CouponOption, SegmentLimit, SelectionConfig
 from couponflow.errors import ConfigError
-from couponflow.sections import CouponOption, SegmentLimit, SelectionConfig
 
 MICRO = 1_000_000
 MAX_AMOUNT = 1_000_000_000_000  # in micro-units still far inside a bigint

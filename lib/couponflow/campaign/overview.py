@@ -188,6 +188,7 @@ def funnel(config: Config, records: Records) -> list[list[Any]]:
         ("users scored", _rows(records, f"score campaign {campaign}", "predictions")),
         ("chosen by the selection", facts.get("selected_users")),
         ("withheld as control or holdout", sum(withheld) if withheld else None),
+        ("mailed at random", facts.get("explore_users") or None),
         ("exported recipients", _rows(records, f"export_audience campaign {campaign}", "recipients")),
     ]
     return [[step, rows] for step, rows in steps if rows is not None]

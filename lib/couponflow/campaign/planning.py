@@ -13,12 +13,11 @@ from typing import Any
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.campaign import eligibility, power, readout, selection, settled
+from couponflow.campaign import candidates, power, readout, selection, settled
+from couponflow.campaigning import SelectionConfig
 from couponflow.config import Config
-from couponflow.dates import DateRange
 from couponflow.errors import DataError
 from couponflow.lake import tables
-from couponflow.sections import SelectionConfig
 from couponflow.sequences import conversions
 
 #: What a plan repeats of the selection's own facts.
@@ -66,25 +65,10 @@ def plan(
 
 
 def _selected(spark: SparkSession, config: Config, campaign_id: str, day: date) -> dict[str, Any]:
-    root_uri, section = config.lake.root_uri, config.selection
-    scores = tables.read(spark, root_uri, "predictions", DateRange.day(day))
-    predictions, model_version = eligibility.one_prediction_per_user(scores, campaign_id, day)
-    rules = config.fingerprint("selection")
-    decision = selection.Decision.of(campaign_id, day, model_version, section, rules)
-    users = eligibility.user_master(tables.read(spark, root_uri, "users"), day)
-    consents = tables.read(spark, root_uri, "consents")
-    consent, snapshot = eligibility.consent_status(consents, users, day, section)
-    mails = eligibility.mails_in_window(
-        tables.read(spark, root_uri, "sends"),
-        tables.read_or_empty(spark, root_uri, "assignments"),
-        campaign_id,
-        day,
-        config.lake.time_zone,
-        section.cap_days,
-    )
-    reasoned = eligibility.with_reason(users, consent, mails, predictions, section.max_sends)
-    decided = selection.with_decision(reasoned, campaign_id, section)
-    return selection.summarise(decided, decision, snapshot)
+    found, section = candidates.read(spark, config, campaign_id, day), config.selection
+    allocated = selection.allocate(found.users, campaign_id, section)
+    decided = selection.with_decision(found.users, campaign_id, section, allocated)
+    return selection.summarise(decided, found.decision, found.snapshot, allocated)
 
 
 def _known_base(spark: SparkSession, config: Config, campaign_id: str, day: date) -> Base | None:

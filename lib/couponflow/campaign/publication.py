@@ -22,9 +22,9 @@ from pyspark.sql import functions as F
 
 from couponflow.campaign import gates, shipping
 from couponflow.campaign.scoring import score_users
+from couponflow.campaigning import ScoringConfig
 from couponflow.errors import ConfigError, CouponflowError, DataError, InfraError
 from couponflow.lake import faults, schemas, storage, tables
-from couponflow.sections import ScoringConfig
 
 log = logging.getLogger("couponflow")
 

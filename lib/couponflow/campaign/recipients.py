@@ -47,14 +47,14 @@ def recipients(audience: DataFrame, ledger: DataFrame, consent: DataFrame) -> Re
     )
     joined = (
         audience.join(arms, "user_id", "full")
-        .where(F.col("rank").isNotNull() | (F.col("arm") == assignment.TREAT))
+        .where(F.col("rank").isNotNull() | F.col("arm").isin(*assignment.MAILED))
         .join(may_mail, "user_id", "left")
         .select("user_id", "campaign_id", "version", "coupon_id", "rank", "arm", "may_mail")
         .orderBy("rank", "user_id")
     )
     rows, num_withdrawn, seen = [], 0, set()
     for row in joined.toLocalIterator():
-        if row["arm"] != assignment.TREAT or row["rank"] is None:
+        if row["arm"] not in assignment.MAILED or row["rank"] is None:
             raise DataError(
                 f"audience and ledger disagree: a user with arm {row['arm']} and rank {row['rank']}; "
                 "nothing handed over, run select_audience again"

@@ -18,9 +18,9 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql.pandas.functions import pandas_udf
 
 from couponflow.campaign.shipping import ShippedBundle, is_open, on_worker
+from couponflow.campaigning import ScoringConfig
 from couponflow.errors import DataError
 from couponflow.lake import layouts, schemas, tables
-from couponflow.sections import ScoringConfig
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -8,6 +8,7 @@ value of that first option left out and never takes a worse user over a better o
 in the config, ``allocation`` solves the multiple-choice knapsack, and this module books what it chose.
 """
 
+import logging
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -17,10 +18,10 @@ from pyspark.sql import functions as F
 
 from couponflow.campaign import allocation, assignment, eligibility, options
 from couponflow.campaign.options import MICRO, micro
-from couponflow.errors import ConflictError, DataError
-from couponflow.lake import tables
-from couponflow.lake.erased import TOMBSTONE
-from couponflow.sections import SelectionConfig
+from couponflow.campaigning import SelectionConfig
+from couponflow.errors import ConfigError, DataError
+
+log = logging.getLogger("couponflow")
 
 _NANO = 1_000_000_000  # probabilities are summed in these units, so that sums are order-free
 
@@ -33,6 +34,7 @@ REASONS: dict[str, str] = {
     "budget": "Budget used up",
     "holdout": "Withheld: global holdout",
     "control": "Withheld: campaign control",
+    "explore": "Mailed at random",
     "selected": "Mailed",
 }
 #: Per octave, 177 buckets: fine enough that a bucket holds a small share of the users.
@@ -208,16 +210,46 @@ def with_decision(
 ) -> DataFrame:
     """Choice and arms of users with a reason; see ``select_users``, ``with_allocation``, ``with_arm``.
 
-    ``allocated`` is what ``allocate`` has made of the same users. A selected user who is withheld gets the
-    arm's name as his ``reason``.
+    ``allocated`` is what ``allocate`` has made of the same users. A selected user who is withheld, and one
+    who is mailed at random, gets the arm's name as his ``reason``.
+
+    Raises:
+        ConfigError: ``explore_share`` needs more than the budget or the list size.
     """
+    marked = users.withColumn("is_eligible", F.col("reason").isNull())
     if allocated is None:
-        chosen = select_users(with_option(users, campaign_id, section), section)
+        priced = with_option(marked, campaign_id, section)
+        chosen = select_users(priced, _without_exploration(priced, campaign_id, section))
     else:
-        chosen = with_allocation(users, campaign_id, section, allocated)
-    dealt = assignment.with_arm(chosen, campaign_id, section)
-    is_withheld = F.col("arm").isin(assignment.HOLDOUT, assignment.CONTROL)
-    return dealt.withColumn("reason", F.when(is_withheld, F.col("arm")).otherwise(F.col("reason")))
+        chosen = with_allocation(marked, campaign_id, section, allocated)
+    dealt = assignment.with_arm(chosen, campaign_id, section).drop("is_eligible")
+    is_dealt = F.col("arm").isin(assignment.HOLDOUT, assignment.CONTROL, assignment.EXPLORE)
+    return dealt.withColumn("reason", F.when(is_dealt, F.col("arm")).otherwise(F.col("reason")))
+
+
+def _without_exploration(priced: DataFrame, campaign_id: str, section: SelectionConfig) -> SelectionConfig:
+    """The limits that are left to the selection once every eligible user drawn for exploration is paid for.
+
+    Who is drawn and then selected on his merits is paid for twice, so the list stays within its limits and
+    may fall short of them by that. Costs a pass over the users where ``explore_share`` is above 0.
+    """
+    if not section.explore_share:
+        return section
+    is_drawn = F.col("is_eligible") & assignment.is_drawn(campaign_id, F.col("user_id"), section)
+    found = (
+        priced.where(is_drawn)
+        .agg(F.count(F.lit(1)).alias("num_users"), _exact_sum("cost_micro").alias("cost"))
+        .collect()[0]
+    )
+    num_left = section.max_recipients - int(found.num_users)
+    left_micro = micro(section.budget_amount) - int(found.cost or 0)
+    if num_left < 0 or left_micro < 0:
+        raise ConfigError(
+            f"campaign {campaign_id}: selection.explore_share = {section.explore_share} draws "
+            f"{found.num_users} users for {int(found.cost) / MICRO:.2f}, above max_recipients "
+            f"{section.max_recipients} or budget_amount {section.budget_amount}; lower it"
+        )
+    return section.model_copy(update={"max_recipients": num_left, "budget_amount": left_micro / MICRO})
 
 
 def summarise(
@@ -246,7 +278,18 @@ def summarise(
     )
     rows = {str(row.reason): row for row in sums.collect()}
     counts = {reason: int(row.num_users) for reason, row in rows.items()}
-    mailed = rows.get("selected")
+    mailed = [rows[name] for name in ("selected", "explore") if name in rows]
+    arms = {"treat": "selected", "control": "control", "holdout": "holdout"}
+    sizes = {arm: counts.get(reason, 0) for arm, reason in arms.items()}
+    p_value = assignment.srm_p_value(sizes, section)
+    if p_value < assignment.SRM_LIMIT:
+        log.warning(
+            "campaign %s: treat, control and holdout are %s, not as their shares say (p = %.1e); do not "
+            "compare them before this is understood",
+            decision.campaign_id,
+            sizes,
+            p_value,
+        )
     constraint, price = _binding(rows) if allocated is None else _dearest(rows, section, allocated)
     selected = [rows[name] for name in ("selected", "control", "holdout") if name in rows]
     return {
@@ -258,16 +301,18 @@ def summarise(
         "num_users": sum(counts.values()),
         "waterfall": waterfall(counts),
         "budget_amount": section.budget_amount,
-        "expected_cost_amount": int(mailed.cost) / MICRO if mailed else 0.0,
-        "expected_conversions": int(mailed.conversions) / _NANO if mailed else 0.0,
-        "expected_profit_amount": int(mailed.value) / MICRO if mailed else 0.0,
+        "expected_cost_amount": sum(int(row.cost) for row in mailed) / MICRO,
+        "expected_conversions": sum(int(row.conversions) for row in mailed) / _NANO,
+        "expected_profit_amount": sum(int(row.value) for row in mailed) / MICRO,
         "selected_cost_amount": sum(int(row.cost) for row in selected) / MICRO,
         "binding_constraint": constraint,
         "shadow_price": price,
         "selected_users": sum(int(row.num_users) for row in selected),
         "control_users": counts.get("control", 0),
         "holdout_users": counts.get("holdout", 0),
-        "mailed_users": counts.get("selected", 0),
+        "explore_users": counts.get("explore", 0),
+        "mailed_users": sum(int(row.num_users) for row in mailed),
+        "srm_p_value": p_value,
         "consent_source": snapshot.source,
         "consent_snapshot_date": snapshot.snapshot_date.isoformat(),
     } | ({} if allocated is None else _solution_facts(section, allocated))
@@ -302,101 +347,15 @@ def waterfall(counts: dict[str, int]) -> list[dict[str, Any]]:
     milestone("eligible", "Eligible")
     for reason in ("value", "stock", "segment_max", "max_recipients", "budget"):
         exclude(reason, REASONS[reason])
-    milestone("would_select", "Selected")
+    num_explored = counts.get("explore", 0)
+    milestone("would_select", "Selected, or drawn at random" if num_explored else "Selected")
     for reason in ("holdout", "control"):
         exclude(reason, REASONS[reason])
     milestone("mailed", REASONS["selected"])
-    if remaining != counts.get("selected", 0):
-        raise DataError(f"waterfall: {remaining} users remain, {counts.get('selected', 0)} are mailed")
+    num_mailed = counts.get("selected", 0) + num_explored
+    if remaining != num_mailed:
+        raise DataError(f"waterfall: {remaining} users remain, {num_mailed} are mailed")
     return steps
-
-
-def ledger_rows(decided: DataFrame, decision: Decision, run_id: str) -> DataFrame:
-    """Rows of ``assignments``: every user of the master, mailed or not. Probability 0 where none is known."""
-    return decided.select(
-        F.lit(decision.campaign_id).alias("campaign_id"),
-        F.lit(decision.version).alias("version"),
-        "user_id",
-        F.lit(decision.run_date).alias("run_date"),
-        F.col("arm").isin(assignment.TREAT, assignment.CONTROL, assignment.HOLDOUT).alias("would_select"),
-        "arm",
-        "propensity",
-        "reason",
-        F.coalesce("conversion_probability", F.lit(0.0)).alias("conversion_probability"),
-        F.lit(run_id).alias("run_id"),
-        F.lit(None).cast("timestamp").alias("exposure_time"),
-    )
-
-
-def audience_rows(decided: DataFrame, decision: Decision) -> DataFrame:
-    """Rows of ``audience``: the users to mail and nobody else."""
-    return decided.where(F.col("arm") == assignment.TREAT).select(
-        F.lit(decision.campaign_id).alias("campaign_id"),
-        F.lit(decision.version).alias("version"),
-        "user_id",
-        "coupon_id",
-        "conversion_probability",
-        (F.col("value_micro").cast("double") / MICRO).alias("expected_value_amount"),
-        F.col("rank").cast("bigint").alias("rank"),
-    )
-
-
-def publish(
-    decided: DataFrame, root_uri: str, decision: Decision, run_id: str, is_final: bool
-) -> dict[str, int]:
-    """Write the ledger, then the audience of a version; returns the rows of each.
-
-    The ledger only grows: a rerun with the same content writes nothing and keeps what is known about
-    exposure. A version that is ``is_final`` (approved or handed over) cannot change any more; one from which
-    people were erased since stays as it is, as its inputs are no longer those that it was decided on.
-
-    Raises:
-        ConflictError: the rows of a final version would change.
-    """
-    if is_final and (kept := _kept_after_erasure(decided, root_uri, decision)):
-        return kept
-    frames = {
-        "assignments": ledger_rows(decided, decision, run_id),
-        "audience": audience_rows(decided, decision),
-    }
-    return {
-        table: _publish(rows, root_uri, table, decision, run_id, is_final) for table, rows in frames.items()
-    }
-
-
-def _kept_after_erasure(decided: DataFrame, root_uri: str, decision: Decision) -> dict[str, int]:
-    """Rows of a version in ledger and audience if an erasure has left a tombstone there; else nothing."""
-    frames = {
-        table: tables.read_or_empty(decided.sparkSession, root_uri, table).where(
-            (F.col("campaign_id") == decision.campaign_id) & (F.col("version") == decision.version)
-        )
-        for table in ("assignments", "audience")
-    }
-    if frames["assignments"].where(F.col("user_id").startswith(TOMBSTONE)).isEmpty():
-        return {}
-    return {table: frame.count() for table, frame in frames.items()}
-
-
-def _publish(
-    rows: DataFrame, root_uri: str, table: str, decision: Decision, run_id: str, is_final: bool
-) -> int:
-    found = tables.read_or_empty(rows.sparkSession, root_uri, table).where(
-        (F.col("campaign_id") == decision.campaign_id) & (F.col("version") == decision.version)
-    )
-    content = [name for name in found.columns if name not in ("run_id", "exposure_time")]
-    num_found = found.count()
-    if num_found and tables.content_hash(found.select(*content)) == tables.content_hash(
-        rows.select(*content)
-    ):
-        return num_found
-    if num_found and is_final:
-        raise ConflictError(
-            f"table {table}, campaign {decision.campaign_id}, version {decision.version}: approved or handed "
-            "over, but its inputs have changed since; recall it, or decide under other rules"
-        )
-    return tables.overwrite(
-        rows, root_uri, table, run_id=run_id, campaign_id=decision.campaign_id, version=decision.version
-    )
 
 
 def _binding(rows: dict[str, Any]) -> tuple[str, float]:

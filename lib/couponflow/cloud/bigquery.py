@@ -25,8 +25,8 @@ from functools import cache
 from http import HTTPStatus
 from typing import Any, BinaryIO
 
+from couponflow.campaigning import ExportConfig
 from couponflow.errors import ConflictError, CouponflowError, DataError, InfraError
-from couponflow.sections import ExportConfig
 
 #: Name, type, mode.
 Schema = tuple[tuple[str, str, str], ...]

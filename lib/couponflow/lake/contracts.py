@@ -174,6 +174,7 @@ _EXAMPLES: dict[str, Any] = {
     "send_id": "send-100200",
     "delivered_time": "2024-01-10T08:00:05Z",
     "propensity": 0.5,
+    "mail_type": "marketing",
     "campaign_type": "Type A",
     "start_date": "2024-01-10",
     "end_date": "2024-01-24",

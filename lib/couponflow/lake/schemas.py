@@ -17,7 +17,7 @@ from couponflow.lake.declarations import (
     required,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 COUPON_TYPE = "array<struct<coupon_id:string,category_id:string,item_ids:array<string>>>"
 
@@ -167,6 +167,9 @@ TABLES: dict[str, Table] = {
                 Column("coupon_id", "string", "coupon in the mail; null = pooled"),
                 required("delivered_time", "timestamp", "when it was delivered, UTC"),
                 Column("propensity", "double", "probability with which this user was chosen; null = unknown"),
+                Column(
+                    "mail_type", "string", "transactional, which no cap counts; anything else is marketing"
+                ),
                 required("send_date", "date", "business day of delivered_time"),
                 INGEST_DATE,
             ),
@@ -396,8 +399,8 @@ TABLES: dict[str, Table] = {
                 USER,
                 required("run_date", "date", "business day of the decision"),
                 required("would_select", "boolean", "chosen by the selection before control is withheld"),
-                required("arm", "string", "treat, control, holdout or none"),
-                required("propensity", "double", "probability of the taken arm given would_select"),
+                required("arm", "string", "treat, control, holdout, explore or none"),
+                required("propensity", "double", "probability of the arm, see assignment.propensity"),
                 required("reason", "string", "selected, or why not; closed list"),
                 required("conversion_probability", "double", "calibrated probability the choice used"),
                 required("run_id", "string", "run that wrote it"),
@@ -419,7 +422,7 @@ TABLES: dict[str, Table] = {
                 required(
                     "expected_value_amount", "double", "expected profit of the mail, configured currency"
                 ),
-                required("rank", "bigint", "order of choice, from 1"),
+                required("rank", "bigint", "order of choice, from 1; 0 = mailed at random"),
             ),
         ),
         Table(

@@ -44,6 +44,11 @@ def first_deliveries(rows: DataFrame, key: str) -> DataFrame:
     return rows.join(first, key).where(is_first).select(*rows.columns)
 
 
+def is_marketing() -> Column:
+    """Whether a send is one: whatever the sender does not call transactional."""
+    return F.coalesce(F.lower(F.trim("mail_type")), F.lit("")) != "transactional"
+
+
 def with_label_window(
     sends: DataFrame, campaigns: DataFrame, config: ConversionsConfig, time_zone: str
 ) -> DataFrame:
@@ -172,13 +177,13 @@ def proofs_in_window(
 
 
 def read_sends(spark: SparkSession, root_uri: str, send_dates: DateRange) -> DataFrame:
-    """Sends of a range of send dates, each ``send_id`` once: its first delivery, of any send date.
+    """Marketing sends of a range of send dates, each ``send_id`` once: its first delivery, of any send date.
 
     Raises:
         DataError: the table does not exist.
     """
     first = first_deliveries(tables.read(spark, root_uri, "sends"), "send_id")
-    return first.where(tables.in_range("send_date", send_dates))
+    return first.where(tables.in_range("send_date", send_dates) & is_marketing())
 
 
 def read_proofs(

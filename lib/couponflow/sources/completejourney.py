@@ -330,6 +330,7 @@ def _land_sends(
                 "coupon_id": NULL,
                 "delivered_time": [delivered[number] for number in numbers_],
                 "propensity": NULL,
+                "mail_type": NULL,
             },
         )
 

@@ -176,6 +176,7 @@ def send_columns(world: World, sends: Rows) -> dict[str, Column]:
         "coupon_id": NULL if world.dials.campaigns == "sets" else texts(_coupon_ids(world, sends)),
         "delivered_time": times(sends["delivered"]),
         "propensity": numbers(sends["propensity"]) if is_randomised else NULL,
+        "mail_type": text("marketing"),
     }
 
 

@@ -1,0 +1,55 @@
+"""Whom a campaign may choose from on a day: the user master with scores and reasons against mailing.
+
+The one place where a selection and a plan of it read their tables.
+"""
+
+from dataclasses import dataclass
+from datetime import date
+
+from pyspark.sql import DataFrame, SparkSession
+
+from couponflow.campaign import contact_rules, eligibility, selection
+from couponflow.config import Config
+from couponflow.dates import DateRange
+from couponflow.lake import tables
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """``users`` as ``eligibility.with_reason`` gives them, what is to be decided, and by which consent."""
+
+    users: DataFrame
+    decision: selection.Decision
+    snapshot: eligibility.Snapshot
+
+
+def read(spark: SparkSession, config: Config, campaign_id: str, day: date) -> Candidates:
+    """Every user of the day's master with his score and, if any, the first reason against mailing him.
+
+    Raises:
+        ConfigError: nothing is sent on that day, or the key of the staff's pseudonyms is missing.
+        DataError: predictions, master, consent or orders are missing, stale or too small.
+    """
+    root, section = config.lake.root_uri, config.selection
+    contact_rules.check_quiet_day(day, section.quiet_days)
+    scores = tables.read(spark, root, "predictions", DateRange.day(day))
+    predictions, model_version = eligibility.one_prediction_per_user(scores, campaign_id, day)
+    rules = config.fingerprint("selection", "events.staff_user_ids")
+    decision = selection.Decision.of(campaign_id, day, model_version, section, rules)
+    snapshots = tables.read(spark, root, "users")
+    users = eligibility.user_master(snapshots, day)
+    staff = eligibility.staff_users(snapshots, day, section, eligibility.staff_ids(config.events))
+    consent, snapshot = eligibility.consent_status(tables.read(spark, root, "consents"), users, day, section)
+    orders = tables.read_or_empty(spark, root, "orders")
+    buyers = contact_rules.recent_buyers(orders, day, config.lake.time_zone, section)
+    around = mails(spark, config, campaign_id, day)
+    reasoned = eligibility.with_reason(users, staff, consent, around, buyers, predictions, section)
+    return Candidates(reasoned, decision, snapshot)
+
+
+def mails(spark: SparkSession, config: Config, campaign_id: str, day: date) -> DataFrame:
+    """The mails around the day, as the ledger knows them now; see ``contact_rules.mails_around``."""
+    root = config.lake.root_uri
+    ledger = tables.read_or_empty(spark, root, "assignments")
+    sends = tables.read(spark, root, "sends")
+    return contact_rules.mails_around(sends, ledger, campaign_id, day, config.selection)
