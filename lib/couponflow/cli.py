@@ -13,7 +13,7 @@ from couponflow.commands import DEFAULT_CONFIG, AsJson, DryRun, LazySpark, error
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange, parse_day
 from couponflow.entry import Campaign, ConfigPath, Dates, FromScratch, Model, Overrides, record_run
-from couponflow.errors import ConfigError
+from couponflow.errors import ConfigError, CouponflowError
 from couponflow.lake import leases, runs, storage
 
 app = typer.Typer(
@@ -340,9 +340,22 @@ def _show_run(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) ->
 
     overview.show_results(settings, _by_stage(outcomes), console.show_rows)
     _show_content(settings, spark)
+    _read_out(settings, spark)
     skipped = sum(outcome.is_skipped for outcome in outcomes)
     typer.echo(f"{len(outcomes)} stages, {skipped} skipped because nothing had changed")
     typer.echo(f"report: {_write_report(settings, outcomes, spark)}")
+
+
+def _read_out(settings: Config, spark: Any) -> None:
+    """What the campaign's delivered mails did, or why that cannot be told; a run ends well either way."""
+    from couponflow.campaign import settled
+
+    try:
+        record = settled.read_out(settings, lambda: spark, settings.run.campaign_id, "", "run")
+    except CouponflowError as error:
+        typer.echo(f"readout: {error}")
+        return
+    campaign_commands.show_readout(record)
 
 
 def _show_leases(root_uri: str) -> None:

@@ -722,6 +722,43 @@ def test_a_record_with_holes_still_renders() -> None:
     assert "No histogram" in page.text
 
 
+def make_readout(**over: Any) -> dict[str, Any]:
+    decile = {
+        "decile": 1,
+        "num_users": 120,
+        "expected_conversions": 9.6,
+        "actual_conversions": 31,
+        "expected_rate": 0.08,
+        "actual_rate": 31 / 120,
+        "actual_interval": [0.19, 0.34],
+        "is_inside": False,
+    }
+    effect = {"difference": 0.021, "interval": [0.004, 0.038], "total": 8.7}
+    base: dict[str, Any] = {
+        "effects": {"conversion": effect, "margin": effect | {"difference": 0.5, "total": 206.0}},
+        "refusal": "",
+        "verdict": "The mail caused conversions.",
+        "expected_actual": {"deciles": [decile], "words": "9.6 conversions were expected."},
+    }
+    return base | over
+
+
+def test_the_readout_shows_effects_or_why_there_are_none() -> None:
+    text = _Page(report.render(make_inputs(readout=make_readout()))).text
+    assert "conversion 2.10% 0.40% to 3.80%" in text
+    assert "The mail caused conversions." in text
+    assert "1 120 9.6 31" in text
+    assert "! " in text
+    assert "no score rests on it" in text
+    refused = make_readout(effects={}, verdict="Nobody was withheld, so nothing is said of effects.")
+    page = _Page(report.render(make_inputs(readout=refused)))
+    assert page.errors == []
+    assert "Nobody was withheld" in page.text
+    assert "Caused by the mail" not in page.text
+    assert "9.6 conversions were expected." in page.text
+    assert "Not read out yet" in _Page(report.render(make_inputs())).text
+
+
 def test_honesty_notes_follow_the_facts() -> None:
     text = _Page(report.render(make_inputs(notes=("Type A exposure is pooled.",)))).text
     assert "figures are no evidence" in text

@@ -11,7 +11,7 @@ from typing import Any
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.campaign import charts, formats, report
+from couponflow.campaign import charts, formats, report, settled
 from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.lake import contracts, runs, storage, tables
@@ -62,6 +62,7 @@ def collect(config: Config, records: Records, skipped: set[str], spark: SparkSes
         ],
         conservation=conservation(config, records),
         verdicts=facts.get("monitor", {}).get("verdicts", []),
+        readout=settled.kept(config, campaign, str(selection.get("version", ""))),
         table_versions={table: n for record in records.values() for table, n in record.versions.items()},
         run_id=newest.run_id if newest else "",
         config_fingerprint=config.fingerprint(),

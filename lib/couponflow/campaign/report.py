@@ -44,7 +44,7 @@ class ReportInputs:
     ``score`` has model_version, kind, num_users, cold_start_users, users_per_second, mean_probability.
     ``score_histogram`` has edges (n + 1), counts (n) and selected_counts (n). ``stages``, ``conservation``
     and ``verdicts`` are lists of rows; ``has_randomised_control`` says whether past sends had one, None where
-    that is not known.
+    that is not known. ``readout`` is the stored readout of the campaign's mails.
     """
 
     campaign: Facts = field(default_factory=dict)
@@ -56,6 +56,7 @@ class ReportInputs:
     stages: Sequence[Facts] = ()
     conservation: Sequence[Facts] = ()
     verdicts: Sequence[Facts] = ()
+    readout: Facts = field(default_factory=dict)
     table_versions: Mapping[str, int] = field(default_factory=dict)
     run_id: str = ""
     config_fingerprint: str = ""
@@ -151,6 +152,8 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "num_skipped": sum(bool(stage.get("skipped")) for stage in inputs.stages),
         "charts": {name: Markup(svg) for name, svg in made.items()},  # charts escape every text they show
         "histogram": bars,
+        "effects": _effects(inputs),
+        "actual": inputs.readout.get("expected_actual") or {},
         "segments": modelcard.segments(used),
         "backtest": modelcard.backtest(inputs.evaluation),
         "learning": learning,
@@ -266,6 +269,23 @@ def _chips(
         text = "Gate chose this model" if gate["is_used_choice"] else f"Gate would choose {gate['choice']}"
         chip("good" if gate["is_used_choice"] else "warn", text, "model")
     return chips
+
+
+def _effects(inputs: ReportInputs) -> list[dict[str, str]]:
+    """What the mails caused, in words of the reader's units; empty for a readout without a sound control."""
+    rows = []
+    for name, effect in (inputs.readout.get("effects") or {}).items():
+        is_share = name == "conversion"
+
+        def shown(value: Any, is_share: bool = is_share) -> str:
+            return formats.percent(value, 2) if is_share else formats.money(value, inputs.currency)
+
+        total = (
+            formats.number(effect["total"]) if is_share else formats.money(effect["total"], inputs.currency)
+        )
+        interval = " to ".join(shown(end) for end in effect["interval"])
+        rows.append({"name": name, "each": shown(effect["difference"]), "interval": interval, "total": total})
+    return rows
 
 
 def _histogram_rows(histogram: Facts) -> list[tuple[float, float, int, int]]:

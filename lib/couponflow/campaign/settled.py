@@ -52,6 +52,15 @@ def read_out(
     return _checked(config, uri)
 
 
+def kept(config: Config, campaign_id: str, version: str) -> dict[str, Any]:
+    """The stored readout of a version, or else of mails without a ledger; empty where there is none."""
+    for name in (version, ""):
+        uri = uri_of(config.lake.root_uri, campaign_id, name)
+        if storage.exists(uri):
+            return dict(json.loads(storage.read_bytes(uri)))
+    return {}
+
+
 def _checked(config: Config, uri: str) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(storage.read_bytes(uri))
