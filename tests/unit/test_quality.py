@@ -377,7 +377,7 @@ def test_a_correction_moves_a_type_to_its_latest_rate_and_leaves_unknown_types_a
 def test_models_are_refitted_at_each_origin_and_judged_together() -> None:
     config = Plan(1, (*TINY, "training.num_ranks=1")).config("order")
     held, judged = _campaigns(), rolling.Judged()
-    models = ("rate", "rule", "logistic", "boosted", "dien", "blend")
+    models = ("rate", "rule", "logistic", "boosted", "dien", "dien@1", "blend")
     for campaign in (3, 4, 5):
         train = np.flatnonzero([row.mature_time <= campaign * 100 for row in held.rows])
         test = np.flatnonzero(held.campaign == str(campaign))
@@ -394,5 +394,11 @@ def test_models_are_refitted_at_each_origin_and_judged_together() -> None:
         "rolling_dien_ece",
         "rolling_dien_lift_10",
     ]
+    seeds = found.verdicts[2].details["auc_by_seed"]
+    expected = [line["auc"] for line in found.ladder if line["model"].startswith("dien")]
+    assert seeds == pytest.approx(expected)
+    assert len(set(seeds)) == 2
+    logistic = next(line["auc"] for line in found.ladder if line["model"] == "logistic")
+    assert found.verdicts[2].value == pytest.approx(np.mean(seeds) - logistic)
     details = found.verdicts[0].details
     assert (details["rows"], details["positives"], details["campaigns"]) == (180, 45, 3)
