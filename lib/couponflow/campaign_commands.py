@@ -1,4 +1,4 @@
-"""Commands of ``couponflow campaign`` around a launch: declare it, plan it, and read out what it caused."""
+"""Commands of ``couponflow campaign``: declare it, plan it, approve or recall a list, read out what it caused."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from couponflow import campaign_file, console
-from couponflow.commands import DEFAULT_CONFIG, AsJson, DryRun, LazySpark, errors_as_exit_codes
+from couponflow.commands import DEFAULT_CONFIG, AsJson, DryRun, LazySpark, Reason, errors_as_exit_codes
 from couponflow.config import load_config
 from couponflow.entry import Campaign, ConfigPath, Dates, Overrides
 from couponflow.errors import ConfigError, DataError
@@ -93,6 +93,45 @@ def plan(
             plan_rows(found, settings.lake.currency),
         )
         typer.echo(found["words"])
+
+
+def approve(
+    campaign: Campaign,
+    version: Annotated[str, typer.Option("--version", help="Audience version, as the selection printed it.")],
+    by: Annotated[str, typer.Option("--by", help="Who approves.")],
+    config: ConfigPath = DEFAULT_CONFIG,
+    overrides: Overrides = None,
+) -> None:
+    """Approve one audience version for export.
+
+    Example: couponflow campaign approve --campaign 18 --version 2017-10-30-dien-0123456789ab --by kim
+    """
+    with errors_as_exit_codes():
+        from couponflow.campaign import export
+
+        export.approve(load_config(config, tuple(overrides or ())).lake.root_uri, campaign, version, by)
+        typer.echo(f"campaign {campaign}, version {version}: approved")
+
+
+def recall(
+    campaign: Campaign,
+    version: Annotated[str, typer.Option("--version", help="Audience version, as the selection printed it.")],
+    by: Annotated[str, typer.Option("--by", help="Who recalls it.")],
+    reason: Reason,
+    config: ConfigPath = DEFAULT_CONFIG,
+    overrides: Overrides = None,
+) -> None:
+    """Block the hand-over of one audience version for good.
+
+    Example: couponflow campaign recall --campaign 18 --version V --by kim --reason "wrong coupon"
+    """
+    with errors_as_exit_codes():
+        from couponflow.campaign import export
+
+        export.recall(
+            load_config(config, tuple(overrides or ())).lake.root_uri, campaign, version, by, reason
+        )
+        typer.echo(f"campaign {campaign}, version {version}: recalled")
 
 
 def readout(

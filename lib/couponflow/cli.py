@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from couponflow import campaign_commands, checks, console, explanations, model_commands, pipeline, upkeep
-from couponflow.commands import DEFAULT_CONFIG, AsJson, DryRun, LazySpark, errors_as_exit_codes
+from couponflow.commands import DEFAULT_CONFIG, AsJson, DryRun, LazySpark, Reason, errors_as_exit_codes
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange, parse_day
 from couponflow.entry import Campaign, ConfigPath, Dates, FromScratch, Model, Overrides, record_run
@@ -31,8 +31,6 @@ campaign_app = typer.Typer(
 )
 app.add_typer(models_app, name="models")
 app.add_typer(campaign_app, name="campaign")
-
-Reason = Annotated[str, typer.Option("--reason", help="Why; kept on record.")]
 
 
 def _load(config: Path, overrides: list[str] | None) -> Config:
@@ -279,47 +277,8 @@ models_app.command("recalibrate")(model_commands.recalibrate)
 
 campaign_app.command("create")(campaign_commands.create)
 campaign_app.command("plan")(campaign_commands.plan)
-
-
-@campaign_app.command("approve")
-def approve(
-    campaign: Campaign,
-    version: Annotated[str, typer.Option("--version", help="Audience version, as the selection printed it.")],
-    by: Annotated[str, typer.Option("--by", help="Who approves.")],
-    config: ConfigPath = DEFAULT_CONFIG,
-    overrides: Overrides = None,
-) -> None:
-    """Approve one audience version for export.
-
-    Example: couponflow campaign approve --campaign 18 --version 2017-10-30-dien-0123456789ab --by kim
-    """
-    with errors_as_exit_codes():
-        from couponflow.campaign import export
-
-        export.approve(_load(config, overrides).lake.root_uri, campaign, version, by)
-        typer.echo(f"campaign {campaign}, version {version}: approved")
-
-
-@campaign_app.command("recall")
-def recall(
-    campaign: Campaign,
-    version: Annotated[str, typer.Option("--version", help="Audience version, as the selection printed it.")],
-    by: Annotated[str, typer.Option("--by", help="Who recalls it.")],
-    reason: Reason,
-    config: ConfigPath = DEFAULT_CONFIG,
-    overrides: Overrides = None,
-) -> None:
-    """Block the hand-over of one audience version for good.
-
-    Example: couponflow campaign recall --campaign 18 --version V --by kim --reason "wrong coupon"
-    """
-    with errors_as_exit_codes():
-        from couponflow.campaign import export
-
-        export.recall(_load(config, overrides).lake.root_uri, campaign, version, by, reason)
-        typer.echo(f"campaign {campaign}, version {version}: recalled")
-
-
+campaign_app.command("approve")(campaign_commands.approve)
+campaign_app.command("recall")(campaign_commands.recall)
 campaign_app.command("readout")(campaign_commands.readout)
 
 

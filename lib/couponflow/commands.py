@@ -14,6 +14,7 @@ from couponflow.errors import CouponflowError
 DEFAULT_CONFIG = Path("deploy/env/local.toml")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; kept on record.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")]
 
 
