@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from couponflow import campaign_commands, checks, console, explanations, model_commands, pipeline, upkeep
+from couponflow import (
+    campaign_commands,
+    campaign_file,
+    checks,
+    console,
+    explanations,
+    model_commands,
+    pipeline,
+    upkeep,
+)
 from couponflow.commands import DEFAULT_CONFIG, AsJson, DryRun, LazySpark, Reason, errors_as_exit_codes
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange, parse_day
@@ -299,18 +308,21 @@ def _show_run(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) ->
 
     overview.show_results(settings, _by_stage(outcomes), console.show_rows)
     _show_content(settings, spark)
-    _read_out(settings, spark)
+    _read_out(settings, _by_stage(outcomes), spark)
     skipped = sum(outcome.is_skipped for outcome in outcomes)
     typer.echo(f"{len(outcomes)} stages, {skipped} skipped because nothing had changed")
     typer.echo(f"report: {_write_report(settings, outcomes, spark)}")
 
 
-def _read_out(settings: Config, spark: Any) -> None:
-    """What the campaign's delivered mails did, or why that cannot be told; a run ends well either way."""
+def _read_out(settings: Config, records: dict[str, runs.RunRecord], spark: Any) -> None:
+    """What the campaign's mails did, or why that cannot be told; a run ends well either way."""
     from couponflow.campaign import settled
 
+    campaign = settings.run.campaign_id
+    version = str(records[f"select_audience campaign {campaign}"].facts["version"])
+    own = campaign_file.applied(settings, campaign)
     try:
-        record = settled.read_out(settings, lambda: spark, settings.run.campaign_id, "", "run")
+        record = settled.read_out(own, lambda: spark, campaign, version, "run")
     except CouponflowError as error:
         typer.echo(f"readout: {error}")
         return

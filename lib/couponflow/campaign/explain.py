@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 #: Events and aggregates that are named; the JSON holds all of them.
 SHOWN = 5
+_SMALL = 1e-4
 _LABELS = {**eligibility.REASONS, **selection.REASONS}
 
 
@@ -152,11 +153,11 @@ def in_words(found: Mapping[str, Any]) -> list[str]:
     if found["is_cold_start"]:
         lines.append("Has no event before that day: the score rests on the aggregates of a new user.")
     strongest = sorted(found.get("events", ()), key=lambda event: -abs(event["effect"]))[:SHOWN]
-    if any(event["effect"] for event in strongest):
-        lines.append("Without one event the probability would change the most by:")
-        lines += [_event_in_words(event) for event in strongest if event["effect"]]
+    if strongest and abs(strongest[0]["effect"]) < _SMALL:
+        lines.append("No single event moves it by as much as 0.01 points.")
     elif strongest:
-        lines.append("The model does not read single events, only aggregates.")
+        lines.append("Without one event the probability would change the most by:")
+        lines += [_event_in_words(event) for event in strongest if abs(event["effect"]) >= _SMALL]
     largest = sorted(found.get("aggregates", {}).items(), key=lambda item: -abs(item[1]))[:SHOWN]
     if largest:
         lines.append("Against an average user the aggregates that move it the most are:")
