@@ -1,4 +1,4 @@
-"""Commands of ``couponflow campaign``: declare, plan, approve or recall, and read out what the mail caused."""
+"""Commands of ``couponflow campaign``: declare, plan, approve, recall, and read out what the mail caused."""
 
 from pathlib import Path
 from typing import Annotated, Any
