@@ -31,7 +31,7 @@ def test_command_is_static_gloo_on_localhost() -> None:
     assert Path(argv[0]) == Path(sys.executable).parent / "horovodrun"
     where = ["-np", "2", "-H", "localhost:2", "--gloo"]
     limits = ["--start-timeout", "60", "--gloo-timeout-seconds", "166"]
-    assert argv[1:] == [*where, *limits, "python", "train.py"]
+    assert argv[1:] == [*where, *limits, "--cycle-time-ms", "3", "python", "train.py"]
 
 
 def test_too_many_ranks_are_refused() -> None:
