@@ -13,7 +13,7 @@ from couponflow.models.attention import AttentionScorer
 from couponflow.models.batch import Batch
 from couponflow.models.dien import Dien
 from couponflow.models.encoders import Evolution
-from couponflow.models.layers import GruCell, embed_set, masked_softmax
+from couponflow.models.layers import GruCell, masked_softmax
 
 
 class PlainDien:
@@ -40,7 +40,7 @@ class PlainDien:
             dim=2,
         )
         mean = (x_BTD * mask[:, :, None]).sum(1) / batch.length.clamp_min(1)[:, None]
-        candidate = self._candidate(batch)
+        candidate = net._candidate(batch.targets)
         states_BTH, _ = self.gru(x_BTD)
         interest = self.encoder.final_norm(self._evolve(states_BTH, candidate, mask))
         wide = (batch.wide - net.wide_mean) / net.wide_sd
@@ -54,16 +54,6 @@ class PlainDien:
         ]
         logits: Tensor = net.last(net.head(torch.cat(features, dim=1)))[:, 0]
         return logits if net.wide_linear is None else logits + net.wide_linear(wide)[:, 0]
-
-    def _candidate(self, batch: Batch) -> Tensor:
-        net = self.network
-        is_member = (batch.cand_item > 0) | (batch.cand_category > 0) | (batch.cand_shop > 0)
-        parts = [
-            embed_set(net.item, batch.cand_item),
-            embed_set(net.category, batch.cand_category),
-            embed_set(net.shop, batch.cand_shop),
-        ]
-        return torch.cat(parts, dim=1) / is_member.sum(1, keepdim=True).clamp_min(1)
 
     def _evolve(self, states_BTH: Tensor, candidate: Tensor, mask: Tensor) -> Tensor:
         attention = self.encoder.attention

@@ -64,6 +64,7 @@ def score_rows(
     """
     from couponflow.models import tabular
     from couponflow.models.batch import decode, decode_targets
+    from couponflow.models.calibration import sigmoid
 
     length = rows.column("length").to_numpy(zero_copy_only=False).astype(np.int64)
     histories = _Bytes(rows.column("history"))
@@ -203,6 +204,7 @@ def score_udf(shipped: ShippedBundle) -> Callable[..., Column]:
     ) -> Iterator[pd.DataFrame]:
         from couponflow.models import tabular
         from couponflow.models.batch import decode
+        from couponflow.models.calibration import sigmoid
 
         bundle = on_worker(shipped)
         for history, target, wide in batches:
@@ -217,12 +219,6 @@ def score_udf(shipped: ShippedBundle) -> Callable[..., Column]:
 
     made: Callable[..., Column] = pandas_udf(scores, "score double, conversion_probability double")  # type: ignore[call-overload]  # its stubs know no iterator of tuples
     return made
-
-
-def sigmoid(logits: "NDArray[np.float64]") -> "NDArray[np.float64]":
-    """Raw scores of logits; of a large negative one 0, as it should be."""
-    with np.errstate(over="ignore"):
-        return np.asarray(1.0 / (1.0 + np.exp(-logits)))
 
 
 def _score_batches(
