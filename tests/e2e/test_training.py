@@ -30,7 +30,6 @@ WIDE = 4
 class Output(NamedTuple):
     logits: Tensor
     aux_sum: Tensor
-    aux_count: Tensor
 
 
 class Plain(nn.Module):
@@ -43,8 +42,8 @@ class Plain(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         hidden = torch.tanh(self.hidden(batch.wide))
-        pairs = batch.length.float()
-        return Output(self.last(hidden)[:, 0], (hidden.pow(2).sum(1) * pairs).sum(), pairs.sum())
+        pairs = (batch.length - 1).clamp_min(0).float()
+        return Output(self.last(hidden)[:, 0], (hidden.pow(2).sum(1) * pairs).sum())
 
 
 class Poisoned(Plain):
@@ -95,6 +94,8 @@ def one_rank(workers: launch.Workers, root: str) -> None:
         torch.testing.assert_close(left.grad, right.grad, rtol=1e-2, atol=1e-4)
     assert workers.gather([] if workers.rank else [1.0, 2.0]).tolist() == [1.0, 2.0]
     assert workers.allreduce_max(workers.rank) == 1.0
+    under_way = [workers.start_sum(name, [workers.rank, len(name)]) for name in ("a", "bc")]
+    assert [pending().tolist() for pending in reversed(under_way)] == [[1.0, 4.0], [1.0, 2.0]]
     norm = nn.BatchNorm1d(1)
     norm.running_mean.fill_(float(workers.rank))
     steps.average_statistics(norm, workers, 3)

@@ -80,7 +80,7 @@ def rows(size: int, seed: int = 0, **over: Any) -> Batch:
 
 def loss_of(output: Output, batch: Batch, alpha: float = 1.0) -> Tensor:
     label_sum = binary_cross_entropy_with_logits(output.logits, batch.label, reduction="sum")
-    return label_sum / max(batch.size, 1) + alpha * output.aux_sum / output.aux_count.clamp_min(1)
+    return label_sum / max(batch.size, 1) + alpha * output.aux_sum / max(batch.num_pairs, 1)
 
 
 def padded_by(batch: Batch, extra: int, fill: int) -> Batch:
@@ -122,8 +122,8 @@ def test_more_padding_changes_nothing(variant: str) -> None:
     before, after = made(batch), made(wider)
     torch.testing.assert_close(after.logits, before.logits)
     torch.testing.assert_close(after.aux_sum, before.aux_sum)
-    assert after.aux_count == before.aux_count
-    assert (before.aux_count > 0) == recurrent(made.config)
+    assert wider.num_pairs == batch.num_pairs > 0
+    assert (before.aux_sum > 0) == recurrent(made.config)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -200,7 +200,7 @@ def test_empty_histories_and_single_rows(variant: str, lengths: list[int], is_tr
     for name, value in made.named_parameters():
         assert value.grad is None or torch.isfinite(value.grad).all(), name
     if max(lengths) < 2:
-        assert output.aux_sum.item() == output.aux_count.item() == 0.0
+        assert output.aux_sum.item() == 0.0
 
 
 @pytest.mark.parametrize("scorer", ["mlp", "dot"])
@@ -209,7 +209,7 @@ def test_a_batch_of_zero_rows_gives_zero_gradients_to_all(variant: str, scorer: 
     made = network(**VARIANTS[variant], auxiliary_scorer=scorer).train()
     output = made(empty_batch(NUM_WIDE))
     assert output.logits.shape == (0,)
-    assert output.aux_sum.item() == output.aux_count.item() == 0.0
+    assert output.aux_sum.item() == 0.0
     (output.logits.sum() + output.aux_sum).backward()
     for name, value in made.named_parameters():
         assert value.grad is not None, name
@@ -227,20 +227,31 @@ def test_every_parameter_gets_a_gradient(variant: str, scorer: str) -> None:
 
 
 def test_auxiliary_loss_counts_drawn_pairs_while_training() -> None:
-    made, batch = network().train(), rows(16)
-    pairs = batch.mask & ((batch.neg_item > 0) | (batch.neg_category > 0))
-    assert made(batch).aux_count.item() == pairs[:, 1:].sum().item()
+    made, batch = network(auxiliary_scorer="dot").train(), rows(16)
+    drawn = torch.rand(batch.neg_item.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    batch = replace(batch, neg_item=batch.neg_item * drawn, neg_category=batch.neg_category * drawn)
+    pairs = sum(
+        bool(batch.neg_item[row, step] or batch.neg_category[row, step])
+        for row in range(batch.size)
+        for step in range(1, int(batch.length[row]))
+    )
+    assert 0 < batch.num_pairs == pairs < int((batch.length - 1).clamp_min(0).sum())
+    assert made.auxiliary is not None
+    with torch.no_grad():
+        for value in made.auxiliary.parameters():
+            value.zero_()  # a scorer that knows nothing pays ln 2 for each pair
+    assert made(batch).aux_sum.item() == pytest.approx(math.log(2) * pairs, rel=1e-6)
     nothing = replace(
         batch, neg_item=torch.zeros_like(batch.neg_item), neg_category=torch.zeros_like(batch.neg_category)
     )
-    assert made(nothing).aux_count.item() == made(nothing).aux_sum.item() == 0.0
-    assert made.eval()(batch).aux_count.item() == 0.0
+    assert nothing.num_pairs == made(nothing).aux_sum.item() == 0.0
+    assert made.eval()(batch).aux_sum.item() == 0.0
 
 
 def test_auxiliary_weight_zero_switches_the_loss_off() -> None:
     made, batch = network(auxiliary_weight=0.0).train(), rows(16)
     output = made(batch)
-    assert output.aux_sum.item() == output.aux_count.item() == 0.0
+    assert output.aux_sum.item() == 0.0
     assert not [name for name, _ in made.named_parameters() if name.startswith("auxiliary")]
     loss_of(output, batch).backward()
     assert all(value.grad is not None for value in made.parameters())

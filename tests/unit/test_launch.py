@@ -31,7 +31,7 @@ def test_command_is_static_gloo_on_localhost() -> None:
     assert Path(argv[0]) == Path(sys.executable).parent / "horovodrun"
     where = ["-np", "2", "-H", "localhost:2", "--gloo"]
     limits = ["--start-timeout", "60", "--gloo-timeout-seconds", "166"]
-    assert argv[1:] == [*where, *limits, "--cycle-time-ms", "3", "python", "train.py"]
+    assert argv[1:] == [*where, *limits, "--cycle-time-ms", "10", "python", "train.py"]
 
 
 def test_too_many_ranks_are_refused() -> None:
@@ -44,6 +44,7 @@ def test_group_of_one_returns_what_it_gets() -> None:
     assert (workers.rank, workers.size, type(workers)) == (0, 1, launch.Workers)
     assert workers.allreduce_sum([1, 2]).tolist() == [1.0, 2.0]
     assert workers.allreduce_sum(3).tolist() == [3.0]
+    assert workers.start_sum("rows", [1, 2])().tolist() == [1.0, 2.0]
     assert workers.allreduce_max(4) == 4.0
     assert np.array_equal(workers.gather([1.0, 2.0]), [1.0, 2.0])
 

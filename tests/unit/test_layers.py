@@ -15,7 +15,7 @@ from couponflow.models.layers import (
     GapEmbedding,
     GruCell,
     MlpScorer,
-    auxiliary_sum_count,
+    auxiliary_sum,
     embed_set,
     masked_max,
     masked_softmax,
@@ -326,7 +326,7 @@ BEHAVIOUR = [[7.0, 1.0, 1.0], [7.0, 2.0, 5.0]]
 NEGATIVE = [[7.0, -1.0, 0.0], [7.0, 0.0, 5.0]]
 
 
-def auxiliary(lengths: list[int], num_steps: int = 3, drawn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def auxiliary(lengths: list[int], num_steps: int = 3, drawn: Tensor | None = None) -> Tensor:
     layout = packing(torch.tensor(lengths), num_steps)
     packed = [
         layout.pack(
@@ -335,28 +335,25 @@ def auxiliary(lengths: list[int], num_steps: int = 3, drawn: Tensor | None = Non
         for rows in (STATE, BEHAVIOUR, NEGATIVE)
     ]
     of_steps = torch.ones(len(layout.row), dtype=torch.bool) if drawn is None else layout.pack(drawn)
-    return auxiliary_sum_count(DotScorer(1, 1), layout, *packed, of_steps)
+    return auxiliary_sum(DotScorer(1, 1), layout, *packed, of_steps)
 
 
 @pytest.mark.parametrize("num_steps", [3, 5])
 def test_auxiliary_loss_golden_value(num_steps: int) -> None:
-    total, count = auxiliary([3, 2], num_steps)
-    assert count.item() == 3
+    total = auxiliary([3, 2], num_steps)
     assert 2 * total.item() == pytest.approx(2.266674, abs=1e-5)
-    assert (total / count).item() == pytest.approx(0.377779, abs=1e-5)
+    assert total.item() / 3 == pytest.approx(0.377779, abs=1e-5)  # three pairs
 
 
 def test_auxiliary_loss_without_pairs_is_zero_with_a_gradient_path() -> None:
-    total, count = auxiliary([1, 0])
+    total = auxiliary([1, 0])
     assert total.item() == 0.0
-    assert count.item() == 0.0
     total.backward()
 
 
 def test_pairs_without_a_negative_do_not_count() -> None:
     drawn = torch.tensor([[True, False, True], [True, True, True]])
-    total, count = auxiliary([3, 2], drawn=drawn)
-    assert count.item() == 2
+    total = auxiliary([3, 2], drawn=drawn)
     softplus = [math.log1p(math.exp(x)) for x in (-2, 0, -2, 0)]  # logits + 2 - 0, and + 2 - 0
     assert total.item() == pytest.approx(sum(softplus) / 2, abs=1e-6)
 
@@ -364,7 +361,7 @@ def test_pairs_without_a_negative_do_not_count() -> None:
 def test_a_confident_mistake_costs_its_logit() -> None:
     state, behaviour, negative = (torch.tensor(v)[:, None] for v in ([1.0, 0.0], [0.0, 900.0], [0.0, 40.0]))
     layout, drawn = packing(torch.tensor([2]), 2), torch.ones(2).bool()
-    total, _ = auxiliary_sum_count(DotScorer(1, 1), layout, state, behaviour, negative, drawn)
+    total = auxiliary_sum(DotScorer(1, 1), layout, state, behaviour, negative, drawn)
     assert 2 * total.item() == pytest.approx(40.0)
 
 

@@ -87,6 +87,12 @@ class Batch:
         return steps < self.length[:, None]
 
     @property
+    def num_pairs(self) -> int:
+        """Pairs of the auxiliary loss: events after the first of their history that have a negative."""
+        is_drawn = (self.neg_item > 0) | (self.neg_category > 0)
+        return int((is_drawn & self.mask)[:, 1:].sum())
+
+    @property
     def targets(self) -> Targets:
         """What each row asks of its own history."""
         return Targets(**{field.name: getattr(self, field.name) for field in fields(Targets)})

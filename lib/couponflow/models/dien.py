@@ -29,7 +29,7 @@ from couponflow.models.layers import (
     GruCell,
     MlpScorer,
     Packing,
-    auxiliary_sum_count,
+    auxiliary_sum,
     embed_set,
     packing,
 )
@@ -43,12 +43,11 @@ _NUM_POSITIONS = 128
 class Output(NamedTuple):
     """What a forward pass returns; means are taken by the caller after summing over ranks.
 
-    ``logits`` float32 [B]; ``aux_sum`` scalar sum of auxiliary losses; ``aux_count`` scalar number of pairs.
+    ``logits`` float32 [B]; ``aux_sum`` scalar sum of auxiliary losses over ``Batch.num_pairs`` pairs.
     """
 
     logits: Tensor
     aux_sum: Tensor
-    aux_count: Tensor
 
 
 class Histories(NamedTuple):
@@ -139,13 +138,13 @@ class Dien(nn.Module):
 
         A row's logit does not depend on padding or, in eval mode, on other rows. Empty histories, targets
         without members and batches of zero or one row are legal; zero rows give zero sums with a gradient
-        path to every parameter. In eval mode the auxiliary sum and count are 0.
+        path to every parameter. In eval mode the auxiliary sum is 0.
         """
         histories, content = self._read(batch)
-        aux_sum, aux_count = (histories.states.new_zeros(()) for _ in range(2))
+        aux_sum = histories.states.new_zeros(())
         if self.training and self.auxiliary is not None:
-            aux_sum, aux_count = self._auxiliary(batch, histories, content)
-        return Output(self.judge(histories, batch.targets), aux_sum, aux_count)
+            aux_sum = self._auxiliary(batch, histories, content)
+        return Output(self.judge(histories, batch.targets), aux_sum)
 
     def read(self, batch: Batch) -> Histories:
         """What every target of a user shares: only the histories of the batch are looked at."""
@@ -262,13 +261,13 @@ class Dien(nn.Module):
     def _content(self, item: Tensor, category: Tensor) -> Tensor:
         return torch.cat([self.item(item), self.category(category)], dim=-1)
 
-    def _auxiliary(self, batch: Batch, histories: Histories, content_NE: Tensor) -> tuple[Tensor, Tensor]:
+    def _auxiliary(self, batch: Batch, histories: Histories, content_NE: Tensor) -> Tensor:
         assert self.auxiliary is not None
         layout = histories.layout
         item_N, category_N = layout.pack(batch.neg_item), layout.pack(batch.neg_category)
         negative_NE = self._content(item_N, category_N)
         drawn_N = (item_N > 0) | (category_N > 0)
-        return auxiliary_sum_count(self.auxiliary, layout, histories.states, content_NE, negative_NE, drawn_N)
+        return auxiliary_sum(self.auxiliary, layout, histories.states, content_NE, negative_NE, drawn_N)
 
     @torch.no_grad()
     def _initialise(self) -> None:

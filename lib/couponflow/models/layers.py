@@ -337,23 +337,23 @@ class DotScorer(nn.Module):
         return 0.5 * (F.softplus(-positive) + F.softplus(negative)).sum()
 
 
-def auxiliary_sum_count(
+def auxiliary_sum(
     scorer: PairScorer,
     layout: Packing,
     state_NH: Tensor,
     behaviour_NE: Tensor,
     negative_NE: Tensor,
     drawn_N: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Score how well each state tells the next behaviour from a sampled negative.
 
     Shapes: all packed by ``layout``; ``state_NH`` state after each step; ``behaviour_NE``, ``negative_NE``
         embeddings of the true and the sampled item of each step; ``drawn_N`` true where a negative was drawn.
-        Returns the sum of losses and the number of pairs, both scalars: the mean is taken after the
+        Returns the sum of losses, a scalar: the mean over ``Batch.num_pairs`` is taken after the
         all-reduce, because a mean of rank means is another number.
     Rule: state t meets step t+1; a pair costs half of (cross entropy of the positive as 1 + of the negative
         as 0) and counts iff ``drawn_N`` holds at t+1.
-    Empty: no valid pair gives sum 0 with a gradient path and count 0.
+    Empty: no valid pair gives sum 0 with a gradient path.
     Numerics: logits throughout; a negative with logit 40 costs 20, not infinity.
     Source: DIEN, arXiv 1809.03672; the half is ours.
 
@@ -363,8 +363,7 @@ def auxiliary_sum_count(
         state [1 . .]  behaviour [. 2 .]  negative [.  0 .]    logits + [2]    - [0]    -> 1.133337, 3 pairs
     """
     after_P = (drawn_N & (layout.step > 0)).nonzero()[:, 0]
-    total = scorer(state_NH, behaviour_NE, negative_NE, layout.previous(after_P), after_P)
-    return total, total.new_tensor(len(after_P))
+    return scorer(state_NH, behaviour_NE, negative_NE, layout.previous(after_P), after_P)
 
 
 # ------------------------------------------------------------------------------------------------- embeddings

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from couponflow.errors import ConfigError, CouponflowError, DataError
 from couponflow.lake import layouts, schemas, storage
 from couponflow.training import reader
-from couponflow.training.launch import Workers
+from couponflow.training.launch import Pending, Workers
 
 if TYPE_CHECKING:
     from couponflow.models.batch import Batch
@@ -256,38 +257,27 @@ class Feed:
             DataError: a file cannot be read, its ids are not of the manifest's vocabulary, or the rows of a
                 shard differ from the manifest; on all ranks.
         """
-        from couponflow.models import batch
-
         uris = list(self._dataset.files[self._split])
         seed = self._seed + number if self._shuffle_rows else None
         shard = reader.Shard(uris, COLUMNS, self._workers.rank, self._workers.size, seed)
         rows = self._examples(shard, number)
         num_read, reported = 0, time.monotonic()
+        coming = self._read(rows)
         while True:
-            self._held = held = []
-            failure: CouponflowError | None = None
-            made: Batch | None = None
-            try:
-                self._held = held = [row for _, row in zip(range(self._rows_per_step), rows, strict=False)]
-                made = self._decode(held) if held else batch.empty_batch(len(self._dataset.wide_features))
-                if beyond := batch.beyond_vocabulary(made, self._dataset.vocabulary_sizes):
-                    raise DataError(
-                        f"split {self._split}: {beyond[0]} id {beyond[1]} is beyond vocabulary "
-                        f"{self._dataset.vocabulary_version}; run build_examples again"
-                    )
-            except CouponflowError as error:
-                failure = error  # raised below, after the other ranks know
+            held, made, agreed = coming
             num_read += len(held)
-            step_rows, failed = self._workers.allreduce_sum([len(held), failure is not None])
-            if failure is not None:
-                raise failure
+            step_rows, failed = agreed()
+            if isinstance(made, CouponflowError):
+                raise made
             if failed:
                 raise DataError(f"split {self._split}: another rank cannot read its rows; see its message")
-            if not step_rows or made is None:
+            if not step_rows:
                 break
             if not self._workers.rank and time.monotonic() - reported > _PROGRESS_SECONDS:
                 reported = time.monotonic()
                 log.info("%s: %d of at most %d rows read", self._split, num_read, self.rows)
+            coming = self._read(rows)  # while a step is trained, the ranks agree on the next one
+            self._held = held
             yield made
         counted = np.zeros(1 + self._workers.size)
         counted[[0, 1 + self._workers.rank]] = num_read, shard.num_rows
@@ -301,7 +291,9 @@ class Feed:
 
         Rows are found by their bytes: two equal ones are both named. Reads this rank's files again.
         """
-        rows = [self._held[place] for place in places] or self._held
+        return self._where([self._held[place] for place in places] or self._held)
+
+    def _where(self, rows: Sequence[Example]) -> str:
         wanted = {(row.history, row.target, row.wide) for row in rows}
         found: list[str] = []
         for uri, number, columns in reader.groups(list(self._dataset.files[self._split]), _CONTENT):
@@ -312,11 +304,33 @@ class Feed:
         more = f" and of {len(found) - _NAMED} more row groups" if len(found) > _NAMED else ""
         return ", ".join(found[:_NAMED]) + more or "rows that the files no longer hold"
 
-    def _decode(self, rows: list[Example]) -> "Batch":
+    def _read(self, rows: Iterator[Example]) -> "tuple[list[Example], Batch | CouponflowError, Pending]":
+        """The rows of a step, the batch they make or why they make none, and what all ranks have of it."""
+        held: list[Example] = []
+        made: Batch | CouponflowError
         try:
-            return decode(rows)
+            held.extend(islice(rows, self._rows_per_step))
+            made = self._decode(held)
+        except CouponflowError as error:
+            made = error  # raised once the other ranks know
+        failed = isinstance(made, CouponflowError)
+        return held, made, self._workers.start_sum("step", [len(held), failed])
+
+    def _decode(self, rows: list[Example]) -> "Batch":
+        from couponflow.models import batch
+
+        if not rows:
+            return batch.empty_batch(len(self._dataset.wide_features))
+        try:
+            made = decode(rows)
         except DataError as error:
-            raise DataError(f"split {self._split}: {error}; the batch is {self.locate()}") from error
+            raise DataError(f"split {self._split}: {error}; the batch is {self._where(rows)}") from error
+        if beyond := batch.beyond_vocabulary(made, self._dataset.vocabulary_sizes):
+            raise DataError(
+                f"split {self._split}: {beyond[0]} id {beyond[1]} is beyond vocabulary "
+                f"{self._dataset.vocabulary_version}; run build_examples again"
+            )
+        return made
 
     def _examples(self, shard: reader.Shard, number: int) -> Iterator[Example]:
         rows = _read(self._dataset, shard, COLUMNS, self._split)

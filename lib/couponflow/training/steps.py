@@ -3,7 +3,8 @@
 Losses are global sums over global counts, whatever the ranks: rank r minimises
 ``local_sum * ranks / global_count`` for the label loss and for the auxiliary loss, so that the average of the
 ranks' gradients is the gradient of the global means. Gradients are dense, those of embeddings too: one
-exchange averages all of them.
+exchange averages all of them. It is the only one a step waits for: the counts travel during the forward pass,
+the sums during the backward pass.
 """
 
 import copy
@@ -39,11 +40,7 @@ class Output(Protocol):
 
     @property
     def aux_sum(self) -> Tensor:
-        """Scalar sum of auxiliary losses."""
-
-    @property
-    def aux_count(self) -> Tensor:
-        """Scalar number of auxiliary pairs."""
+        """Scalar sum of auxiliary losses over the batch's ``num_pairs``."""
 
 
 @dataclass(frozen=True)
@@ -77,26 +74,25 @@ def backward(
         DataError: anything is not finite on any rank; raised on all ranks, no parameter has moved.
     """
     network.zero_grad(set_to_none=False)
+    own_weight = float(batch.weight.sum())
+    counting = workers.start_sum("counts", [own_weight, batch.num_pairs])
     batch = batch.to(devices.of(network))
     with torch.autocast(batch.label.device.type, torch.bfloat16, enabled=objective.is_mixed):
         output = cast(Output, network(batch))
     label_sum = (
         F.binary_cross_entropy_with_logits(output.logits, batch.label, reduction="none") * batch.weight
     ).sum()
-    parts = (label_sum, batch.weight.sum(), output.aux_sum, output.aux_count)
-    local = torch.stack([part.detach().double() for part in parts]).tolist()  # one wait for the device
-    sums = [float(value) for value in workers.allreduce_sum(local)]
-    if not np.isfinite(sums).all():
-        is_sound = bool(np.isfinite(local).all())
-        raise _not_finite("loss", "" if is_sound else _suspects(network, batch, locate), workers)
-    _, label_count, _, aux_count = sums
+    # One wait for the device.
+    local = torch.stack([part.detach().double() for part in (label_sum, output.aux_sum)]).tolist()
+    summing = workers.start_sum("losses", local)
+    label_count, aux_count = counting().tolist()
     loss = label_sum * (workers.size / label_count) if label_count else label_sum * 0.0
     if objective.auxiliary_weight and aux_count:
         loss = loss + output.aux_sum * (objective.auxiliary_weight * workers.size / aux_count)
     if objective.regulariser is not None:
         loss = loss + objective.regulariser(batch)
     if loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()
     parameters = list(network.parameters())
     for parameter in parameters:
         if parameter.grad is None:
@@ -108,13 +104,17 @@ def backward(
     is_sound = bool(torch.isfinite(flat).all())
     # After averaging, a value that is not finite anywhere is not finite everywhere: one exchange does both.
     flat = workers.average(flat)
+    sums = summing().tolist()
+    if not np.isfinite(sums).all():
+        is_sound = bool(np.isfinite(local).all())
+        raise _not_finite("loss", "" if is_sound else _suspects(network, batch, locate), workers)
     if not torch.isfinite(flat).all():
         raise _not_finite("gradient", "" if is_sound else _suspects(network, batch, locate), workers)
     place = 0
     for gradient in gradients:
         gradient.copy_(flat[place : place + gradient.numel()].view_as(gradient))
         place += gradient.numel()
-    return sums[0], label_count, sums[2], aux_count, local[0], local[1]
+    return sums[0], label_count, sums[1], aux_count, local[0], own_weight
 
 
 def _suspects(network: nn.Module, batch: Batch, locate: Locate) -> str:
