@@ -81,9 +81,9 @@ def check_within(
 
 
 def measure(names: tuple[str, ...], num_users: int = NUM_USERS) -> list[Claim]:
-    """One choice each of a tenth of the users and of all, after one of a hundredth to warm up."""
+    """One choice each of a tenth of the users and of all, after one of a tenth to warm up."""
     spark = tables.spark_session(SparkConfig(master="local[2]", driver_memory="2g"), "bench selection")
-    seconds(spark, num_users // 100)
+    seconds(spark, num_users // 10)
     small, _ = seconds(spark, num_users // 10)
     large, gap = seconds(spark, num_users)
     rival = f"{num_users:,} users x 5 coupons, {100 * gap:.3f} % below the dual bound"

@@ -21,7 +21,8 @@ def run(spark: SparkSession, job: Run) -> None:
     examples = tables.read(spark, root, "scoring_examples", job.dates)
     users = eligibility.user_master(tables.read(spark, root, "users"), day)
     version = registry.resolve(root, job.model or section.model)
-    request = publication.Request(root, job.campaign, day, str(state), section)
+    targets = job.config.selection.targets(job.campaign)
+    request = publication.Request(root, job.campaign, day, str(state), section, targets)
     known = tables.read_or_empty(spark, root, "predictions")
     before = publication.last_predictions(known, job.campaign, day)
     with tempfile.TemporaryDirectory() as folder:

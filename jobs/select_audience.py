@@ -2,7 +2,7 @@
 
 from pyspark.sql import SparkSession
 
-from couponflow.campaign import candidates, contact_rules, export, ledger, selection
+from couponflow.campaign import candidates, contact_rules, export, ledger
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
 from couponflow.lake import tables
 
@@ -14,19 +14,13 @@ def run(spark: SparkSession, job: Run) -> None:
     """Decide about every user of the master, write the ledger, then the audience."""
     root, day, section = job.root_uri, job.run_date, job.config.selection
     found = candidates.read(spark, job.config, job.campaign, day)
-    decision = found.decision
-    allocated = selection.allocate(found.users, job.campaign, section)
-    decided = selection.with_decision(found.users, job.campaign, section, allocated).persist()
-    try:
-        job.facts.update(selection.summarise(decided, decision, found.snapshot, allocated))
-        target = job.config.export.target_uri
+    with candidates.decided(found) as (rows, facts):
+        job.facts.update(facts)
+        target, decision = job.config.export.target_uri, found.decision
         handover = export.Handover(root, target, job.campaign, decision.version, day, job.run_id)
-        is_final = export.is_final(handover)
-        job.rows.update(ledger.publish(decided, root, decision, job.run_id, is_final))
+        job.rows.update(ledger.publish(rows, root, decision, job.run_id, export.is_final(handover)))
         mails = candidates.mails(spark, job.config, job.campaign, day)  # with what others have decided
-        contact_rules.check_cap(decided, mails, job.campaign, section)
-    finally:
-        decided.unpersist()
+        contact_rules.check_cap(rows, mails, job.campaign, section)
 
 
 @app.command()

@@ -59,6 +59,12 @@ class CouponOption(Section):
         description="Factor on a user's probability (1 at most) and uplift. Higher for a coupon that more "
         "people redeem than the one the model was trained on.",
     )
+    target_id: str = Field(
+        default="",
+        pattern="^[A-Za-z0-9_.:-]{0,128}$",
+        description="Campaign whose target the coupon is for: a user's probability is the one for that "
+        "target. Empty: the target of the campaign itself.",
+    )
     stock: int | None = Field(
         default=None, ge=0, description="Mails that may carry it; 0 offers it to nobody, without it no limit."
     )
@@ -121,7 +127,8 @@ class SelectionConfig(Section):
     explore_share: Share = Field(
         default=0.0,
         description="Share of the eligible users not selected that is mailed at random, so that the next "
-        "model learns about them too. Their cost is set aside first: higher leaves less to the selected.",
+        "model learns about them too, each with one of the coupons in stock. What they need of every limit "
+        "is set aside first: higher leaves less to the selected.",
     )
     holdout_share: Share = Field(default=0.0, description="Share of all users never mailed (global holdout).")
     salt: str = Field(
@@ -172,15 +179,16 @@ class SelectionConfig(Section):
         default=(), description="Business days on which nothing is sent; a campaign on one is refused."
     )
 
+    def targets(self, campaign_id: str) -> tuple[str, ...]:
+        """The targets that users of a campaign are scored for: its own, then those of its coupons."""
+        named = (coupon.target_id or campaign_id for coupon in self.coupons)
+        return tuple(dict.fromkeys((campaign_id, *named)))
+
     @model_validator(mode="after")
     def _are_unique(self) -> "SelectionConfig":
         names = [coupon.coupon_id for coupon in self.coupons], [segment.name for segment in self.segments]
         if any(len(set(listed)) < len(listed) for listed in names):
             raise ValueError("each coupon_id and each segment name may stand once")
-        if self.explore_share and (self.coupons or self.segments):
-            raise ValueError(
-                "explore_share mails at random with the pooled coupon; set it to 0 beside coupons or segments"
-            )
         return self
 
 

@@ -293,14 +293,15 @@ campaign_app.command("readout")(campaign_commands.readout)
 
 @campaign_app.command("report")
 def report(config: ConfigPath = DEFAULT_CONFIG, overrides: Overrides = None) -> None:
-    """Write the HTML report of the config's campaign from the finished runs.
+    """Write the HTML reports of the config's campaigns from the finished runs.
 
     Example: couponflow campaign report --config deploy/env/local.toml
     """
     with errors_as_exit_codes():
         settings = _load(config, overrides)
         outcomes = pipeline.recorded(settings, pipeline.plan(settings))
-        typer.echo(_write_report(settings, outcomes, LazySpark(settings)()))
+        for uri in _write_reports(settings, outcomes, LazySpark(settings)()):
+            typer.echo(uri)
 
 
 def _show_run(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) -> None:
@@ -308,17 +309,18 @@ def _show_run(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) ->
 
     overview.show_results(settings, _by_stage(outcomes), console.show_rows)
     _show_content(settings, spark)
-    _read_out(settings, _by_stage(outcomes), spark)
+    for campaign in settings.run.campaign_ids:
+        _read_out(settings, campaign, _by_stage(outcomes), spark)
     skipped = sum(outcome.is_skipped for outcome in outcomes)
     typer.echo(f"{len(outcomes)} stages, {skipped} skipped because nothing had changed")
-    typer.echo(f"report: {_write_report(settings, outcomes, spark)}")
+    for uri in _write_reports(settings, outcomes, spark):
+        typer.echo(f"report: {uri}")
 
 
-def _read_out(settings: Config, records: dict[str, runs.RunRecord], spark: Any) -> None:
+def _read_out(settings: Config, campaign: str, records: dict[str, runs.RunRecord], spark: Any) -> None:
     """What the campaign's mails did, or why that cannot be told; a run ends well either way."""
     from couponflow.campaign import settled
 
-    campaign = settings.run.campaign_id
     version = str(records[f"select_audience campaign {campaign}"].facts["version"])
     own = campaign_file.applied(settings, campaign)
     try:
@@ -358,11 +360,13 @@ def _show_content(settings: Config, spark: Any, as_json: bool = False) -> None:
         console.show_rows("Table contents", names, found)
 
 
-def _write_report(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) -> str:
+def _write_reports(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) -> list[str]:
     from couponflow.campaign import overview
 
+    records = _by_stage(outcomes)
     skipped = {outcome.stage.name for outcome in outcomes if outcome.is_skipped}
-    return overview.write_report(settings, _by_stage(outcomes), skipped, spark)
+    found = overview.look_back(settings, records, spark, console.show_rows)
+    return overview.write_reports(settings, records, skipped, spark, found)
 
 
 def _by_stage(outcomes: list[pipeline.Outcome]) -> dict[str, runs.RunRecord]:

@@ -49,7 +49,7 @@ _PUBLISHED = ("manifest", "evaluation", "decision", "dataset")
 @dataclass(frozen=True)
 class Stage:
     """One job over one range. ``sections`` are the config sections, or single values, that it reads;
-    ``writes`` the tables that it alone writes in the pipeline.
+    ``writes`` the tables that it alone writes in the pipeline; of a campaign's tables, its part.
     """
 
     job: str
@@ -87,7 +87,7 @@ class Progress:
 
 
 def plan(config: Config) -> list[Stage]:
-    """The stages of the main job for the config's campaign, in an order that honours ``after``.
+    """The stages of the main job for the config's campaigns, in an order that honours ``after``.
 
     Raises:
         ConfigError: the dates of ``run`` and ``examples`` contradict each other.
@@ -107,8 +107,7 @@ def plan(config: Config) -> list[Stage]:
     fitting = DateRange(examples.train_start, examples.test_start)
     judging = DateRange(examples.test_start, data.end)
     day = DateRange.day(run.run_date)
-    campaign = run.campaign_id
-    scoring = f"build_examples campaign {campaign}"
+    campaigns = ",".join(_targets(config))  # one pass over the users builds the examples of all
     baselines = {
         "rate": ("calibration",),
         "rule": ("calibration",),
@@ -162,33 +161,53 @@ def plan(config: Config) -> list[Stage]:
             ("lake", "examples", "conversions"),
             ("build_examples",),
             ("scoring_examples", "histories"),
-            campaign,
+            campaigns,
         ),
-        Stage("score", day, ("scoring",), (scoring, *models), ("predictions",), campaign),
-        Stage(
-            "select_audience",
-            day,
-            ("lake", "selection", "events.staff_user_ids", "export.target_uri"),
-            (f"score campaign {campaign}", "clean_feeds"),
-            ("assignments", "audience"),
-            campaign,
-        ),
-        Stage(
-            "export_audience",
-            day,
-            ("export", "selection"),
-            (f"select_audience campaign {campaign}",),
-            (),
-            campaign,
-        ),
+        *_campaign_stages(day, run.campaign_ids, (f"build_examples campaign {campaigns}", *models)),
         Stage(
             "monitor",
             day,
             ("lake", "monitoring"),
-            (f"export_audience campaign {campaign}", "sessionize", "evaluate"),
+            (*(f"export_audience campaign {one}" for one in run.campaign_ids), "sessionize", "evaluate"),
             ("verdicts",),
         ),
     ]
+
+
+def _targets(config: Config) -> list[str]:
+    """The targets that users are scored for: the campaigns', then those that only coupons name."""
+    named = [
+        campaign_file.applied(config, campaign).selection.targets(campaign)
+        for campaign in config.run.campaign_ids
+    ]
+    return list(dict.fromkeys([*config.run.campaign_ids, *(target for one in named for target in one)]))
+
+
+def _campaign_stages(day: DateRange, campaigns: tuple[str, ...], scoring: tuple[str, ...]) -> list[Stage]:
+    """Score, choice and hand-over of each campaign; who decides later counts what was decided before."""
+    stages: list[Stage] = []
+    for number, campaign in enumerate(campaigns):
+        earlier = (f"select_audience campaign {one}" for one in campaigns[:number])
+        stages += [
+            Stage("score", day, ("scoring", "selection.coupons"), scoring, ("predictions",), campaign),
+            Stage(
+                "select_audience",
+                day,
+                ("lake", "selection", "events.staff_user_ids", "export.target_uri"),
+                (f"score campaign {campaign}", "clean_feeds", *earlier),
+                ("assignments", "audience"),
+                campaign,
+            ),
+            Stage(
+                "export_audience",
+                day,
+                ("export", "selection"),
+                (f"select_audience campaign {campaign}",),
+                (),
+                campaign,
+            ),
+        ]
+    return stages
 
 
 def execute(
@@ -209,7 +228,7 @@ def execute(
         else:
             with record_run(stage.job, config, stage.dates, stage.campaign, stage.model, fingerprint) as run:
                 _call(stage, run, spark, progress)
-                run.record.versions = versions(config.lake.root_uri, stage.writes)
+                run.record.versions = versions(config.lake.root_uri, stage.writes, stage.campaign)
             outcome = Outcome(stage, run.record, False)
         outcomes[stage.name] = outcome
         progress.end(number + 1, len(stages), outcome)
@@ -222,7 +241,9 @@ def finished(root_uri: str, stage: Stage, fingerprint: str) -> runs.RunRecord | 
     if not same or same[-1].status != "ok" or same[-1].fingerprint != fingerprint:
         return None
     published = [same[-1].facts[name] for name in _PUBLISHED if name in same[-1].facts]
-    if versions(root_uri, stage.writes) != same[-1].versions or not all(map(storage.exists, published)):
+    if versions(root_uri, stage.writes, stage.campaign) != same[-1].versions or not all(
+        map(storage.exists, published)
+    ):
         return None
     if stage.job == "train" and not _is_newest(root_uri, stage.model, same[-1].facts.get("model_version")):
         return None
@@ -248,25 +269,38 @@ def recorded(config: Config, stages: list[Stage]) -> list[Outcome]:
     return outcomes
 
 
-def versions(root_uri: str, tables: tuple[str, ...]) -> dict[str, int]:
-    """Newest version of each existing table that changed rows, read off its log without Spark."""
+def versions(root_uri: str, tables: tuple[str, ...], campaign: str = "") -> dict[str, int]:
+    """Newest version of each existing table that changed rows, read off its log without Spark.
+
+    With a campaign, of a table that is partitioned by campaign: the newest that changed its rows.
+    """
     found = {}
     for table in tables:
         log = storage.join(root_uri, "tables", table, "_delta_log")
         names = [name.removesuffix(".json") for name in storage.list_names(log) if name.endswith(".json")]
         commits = [int(name) for name in names if name.isdecimal()]  # beside them: checkpoints
         if commits:
-            found[table] = _last_change(log, sorted(commits))
+            found[table] = _last_change(log, sorted(commits), campaign)
     return found
 
 
-def _last_change(log_uri: str, commits: list[int]) -> int:
+def _last_change(log_uri: str, commits: list[int], campaign: str) -> int:
     """The newest commit that is more than the joining of files, which leaves results as they are."""
     for number in reversed(commits):
-        head = storage.read_head(storage.join(log_uri, f"{number:020d}.json"), _COMMIT_HEAD_BYTES)
-        if b'"operation":"OPTIMIZE"' not in head:
+        uri = storage.join(log_uri, f"{number:020d}.json")
+        if b'"operation":"OPTIMIZE"' in storage.read_head(uri, _COMMIT_HEAD_BYTES):
+            continue
+        if not campaign or _has_changed(storage.read_bytes(uri), campaign):
             return number
-    return commits[-1]
+    return commits[0] if campaign else commits[-1]
+
+
+def _has_changed(commit: bytes, campaign: str) -> bool:
+    """Whether a commit adds or removes files of a campaign, or of a table that has no such partitions."""
+    actions = [json.loads(line) for line in commit.splitlines()]
+    files = [action.get("add") or action.get("remove") for action in actions]
+    partitions = [file.get("partitionValues") or {} for file in files if file]
+    return any(values.get("campaign_id", campaign) == campaign for values in partitions)
 
 
 def content(root_uri: str, spark: Any) -> Iterator[tuple[str, int, int, str]]:

@@ -309,10 +309,28 @@ class RunConfig(Section):
         pattern="^[A-Za-z0-9_.:-]{1,128}$",
         description="Campaign for which users are scored and selected.",
     )
+    more_campaign_ids: Annotated[
+        tuple[Annotated[str, Field(pattern="^[A-Za-z0-9_.:-]{1,128}$")], ...], Loose
+    ] = Field(
+        default=(),
+        description="Further campaigns of the same day, decided after it in this order: a user's mail from "
+        "an earlier one counts against the caps of a later one.",
+    )
     run_date: Day = Field(
         default=date(2017, 10, 30),
-        description="Business day on which the campaign is prepared.",
+        description="Business day on which the campaigns are prepared.",
     )
+
+    @property
+    def campaign_ids(self) -> tuple[str, ...]:
+        """All campaigns, in the order in which they are decided."""
+        return (self.campaign_id, *self.more_campaign_ids)
+
+    @model_validator(mode="after")
+    def _are_different(self) -> "RunConfig":
+        if len(set(self.campaign_ids)) < len(self.campaign_ids):
+            raise ValueError("campaign_id and more_campaign_ids name a campaign twice")
+        return self
 
 
 class SparkConfig(Section):

@@ -77,6 +77,9 @@ class WorldConfig(Section):
     )
     campaign_first_day: int = Field(default=10, ge=1, description="Days before the first campaign.")
     campaign_every_days: int = Field(default=10, ge=1, description="Days from one campaign to the next.")
+    campaigns_at_once: int = Field(
+        default=1, ge=1, le=10, description="Campaigns that start on the same day; for campaigns = 'sets'."
+    )
     num_candidates: int = Field(default=6, ge=3, le=12, description="Targets of a user per campaign day.")
     assignment: Literal["randomised", "confounded"] = Field(
         default="randomised",

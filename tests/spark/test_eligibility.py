@@ -349,7 +349,10 @@ def test_predictions_of_one_model_and_one_row_per_user(spark: SparkSession) -> N
         [
             row("1", "u1", conversion_probability=0.5, score=0.7),
             row("1", "u1", run_date=D0 + timedelta(days=1)),
-            row("1", "u1", target_id="other"),
+            row("1", "u1", target_id="other", conversion_probability=0.25),
+            row("1", "u1", target_id="twice"),
+            row("1", "u1", target_id="twice"),
+            row("1", "u1", "m2", target_id="newer"),
             row("2", "u1"),
             row("2", "u2", "m2"),
             row("3", "u1"),
@@ -357,7 +360,13 @@ def test_predictions_of_one_model_and_one_row_per_user(spark: SparkSession) -> N
         ],
     )
     found, version = eligibility.one_prediction_per_user(frame, "1", D0)
-    assert ([tuple(r) for r in found.collect()], version) == ([("u1", 0.5, 0.7)], "m1")
+    assert ([tuple(r) for r in found.collect()], version) == ([("u1", 0.5, 0.7, {"1": 0.5})], "m1")
+    found, _ = eligibility.one_prediction_per_user(frame, "1", D0, ("1", "other"))
+    assert [tuple(r) for r in found.collect()] == [("u1", 0.5, 0.7, {"1": 0.5, "other": 0.25})]
+    for target, rows in (("none", 0), ("twice", 2), ("newer", 1)):
+        wanted = f"target {target} of selection.coupons has {rows} rows, 1 of model m1 are needed"
+        with pytest.raises(DataError, match=wanted):
+            eligibility.one_prediction_per_user(frame, "1", D0, ("1", target))
     for campaign, message in (("2", "several models \\(m1, m2\\)"), ("3", "2 rows for 1"), ("4", "no rows")):
         with pytest.raises(DataError, match=message):
             eligibility.one_prediction_per_user(frame, campaign, D0)

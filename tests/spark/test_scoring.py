@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ def folder(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(tmp_path: Path, **over: Any) -> publication.Request:
-    return publication.Request(str(tmp_path / "lake"), "18", D0, "0", SECTION.model_copy(update=over))
+    return publication.Request(
+        str(tmp_path / "lake"), "18", D0, "0", SECTION.model_copy(update=over), ("18",)
+    )
 
 
 def master_of(spark: SparkSession, users: list[Packed]) -> DataFrame:
@@ -131,6 +134,33 @@ def test_spark_scores_equal_direct_scores(
         total_loads += facts["bundle_loads"]
         assert not list((tmp_path / "lake").rglob("*.parquet"))  # published: the parts are gone
     assert total_loads >= 1
+
+
+def test_other_targets_of_a_campaign_are_scored_for_all_or_refused(
+    spark: SparkSession, bundle: Bundle, folder: Path, tmp_path: Path
+) -> None:
+    users = packed_users(60)
+    master, examples = master_of(spark, users), examples_frame(spark, users)
+    asked = replace(request(tmp_path), target_ids=("18", "17"))
+    with publication.scored(asked, examples, master, None, folder) as (predictions, facts):
+        rows = predictions.collect()
+    assert {row.campaign_id for row in rows} == {"18"}
+    for target in ("18", "17"):
+        expected = direct(bundle, users, target)
+        found = {row.user_id: row.conversion_probability for row in rows if row.target_id == target}
+        assert found == pytest.approx({user: p for user, (_, p) in expected.items()}, abs=1e-6)
+    assert (facts["num_scores"], facts["target_ids"]) == (120, ["18", "17"])
+    assert facts["mean_probability"] == pytest.approx(
+        np.mean([probability for _, probability in direct(bundle, users, "18").values()])
+    )
+    unknown = replace(asked, target_ids=("18", "99"))
+    with (
+        pytest.raises(
+            DataError, match=r"target 99 of campaign 18: .*60 users.*build_examples needs --campaign 18,99"
+        ),
+        publication.scored(unknown, examples, master, None, folder),
+    ):
+        raise AssertionError("nothing may be lent")
 
 
 def test_a_worker_process_loads_the_bundle_once(spark: SparkSession, folder: Path) -> None:

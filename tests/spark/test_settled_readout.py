@@ -206,6 +206,9 @@ def test_without_control_it_is_refused_and_expected_against_actual_is_kept(told:
     record = readout_of(tmp_path, "7", V)
     assert record["effects"] == {}
     assert record["expected_actual"]["num_users"] == 370
+    history = settled.calibration_by_campaign(f"{tmp_path}/lake")
+    assert [(row["campaign_id"], row["num_users"]) for row in history] == [("7", 370), ("8", 150)]
+    assert history[1]["ratio"] == pytest.approx((100 * 0.3 + 50 * 0.1) / 30)
 
 
 def test_what_cannot_be_read_out_says_why(told: Any, tmp_path: Path) -> None:

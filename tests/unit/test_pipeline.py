@@ -202,6 +202,45 @@ def test_a_new_calibration_retrains_every_kind_and_each_kind_is_planned(tmp_path
     assert stale <= set(evaluate.after)
 
 
+def test_versions_of_a_campaign_are_those_that_touch_its_rows(config: Config) -> None:
+    def write(number: int, *actions: dict[str, Any]) -> None:
+        log = storage.join(config.lake.root_uri, "tables", "predictions", "_delta_log")
+        content = "".join(json.dumps(action, separators=(",", ":")) + "\n" for action in actions).encode()
+        storage.create(storage.join(log, f"{number:020d}.json"), content, "r")
+
+    def file(kind: str, **values: str) -> dict[str, Any]:
+        return {kind: {"path": "p", "partitionValues": values}}
+
+    write(0, {"commitInfo": {"operation": "CREATE TABLE"}}, {"metaData": {}})
+    write(1, {"commitInfo": {"operation": "WRITE"}}, file("add", campaign_id="9", run_date="2024-02-20"))
+    write(2, {"commitInfo": {"operation": "WRITE"}}, file("add", campaign_id="10", run_date="2024-02-20"))
+    write(3, {"commitInfo": {"operation": "OPTIMIZE"}}, file("add", campaign_id="9", run_date="2024-02-20"))
+    root = config.lake.root_uri
+
+    def found(campaign: str) -> dict[str, int]:
+        return pipeline.versions(root, ("predictions",), campaign)
+
+    assert [found(campaign) for campaign in ("9", "10", "11", "")] == [
+        {"predictions": number} for number in (1, 2, 0, 2)
+    ]
+    write(4, {"commitInfo": {"operation": "DELETE"}}, file("remove", campaign_id="9", run_date="2024-02-20"))
+    write(5, {"commitInfo": {"operation": "WRITE"}}, file("add", run_date="2024-02-21"))
+    assert [found(campaign) for campaign in ("9", "10")] == [{"predictions": 5}] * 2  # of no one campaign
+
+
+def test_campaigns_of_a_day_share_their_examples_and_are_decided_in_turn(tmp_path: Path) -> None:
+    config = test_config(tmp_path, "run.campaign_id='9'", "run.more_campaign_ids=['10', '11']")
+    stages = {stage.name: stage for stage in pipeline.plan(config)}
+    assert stages["build_examples campaign 9,10,11"].writes == ("scoring_examples", "histories")
+    for number, campaign in enumerate(("9", "10", "11")):
+        assert "build_examples campaign 9,10,11" in stages[f"score campaign {campaign}"].after
+        earlier = {name for name in stages[f"select_audience campaign {campaign}"].after if "select" in name}
+        assert earlier == {f"select_audience campaign {one}" for one in ("9", "10", "11")[:number]}
+        assert f"export_audience campaign {campaign}" in stages["monitor"].after
+    with pytest.raises(ConfigError, match="name a campaign twice"):
+        test_config(tmp_path, "run.campaign_id='9'", "run.more_campaign_ids=['10', '9']")
+
+
 def test_checkpoints_beside_the_commits_are_no_versions(config: Config) -> None:
     commit(config, 3)
     for name in (

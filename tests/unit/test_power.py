@@ -9,7 +9,7 @@ import pytest
 from couponflow.campaign import intervals, planning, power
 from couponflow.campaign.planning import Base
 from couponflow.campaign.power import Arms
-from couponflow.campaigning import SelectionConfig
+from couponflow.campaigning import CouponOption, SelectionConfig
 from couponflow.errors import ConfigError, DataError
 
 RUNS = 20_000
@@ -137,6 +137,27 @@ def test_a_plan_names_the_smallest_effect_and_what_a_wanted_one_needs() -> None:
     assert found["wanted_effect_users"] == power.users_for_rate(0.01, 0.05, 0.1)
     assert found["expected_profit_amount"] == 1_620.0
     assert "2.07 points or more is shown in 4 of 5" in found["words"]
+
+
+def test_several_coupons_count_as_one_expected_conversion_does() -> None:
+    """450 conversions: 150 of 6 less 2, 300 of 5 less .5; 9,000 mails of .02."""
+    coupons = (
+        CouponOption(coupon_id="large", discount_amount=2.0, margin_amount=6.0),
+        CouponOption(coupon_id="small", discount_amount=0.5),
+    )
+    section = SelectionConfig(coupons=coupons, margin_amount=5.0, mail_cost_amount=0.02)
+    cost = 150 * 2.0 + 300 * 0.5 + 9_000 * 0.02
+    told = facts(expected_cost_amount=cost, expected_profit_amount=150 * 6.0 + 300 * 5.0 - cost)
+    found = planning.forecast(told, Base(0.05, "as given"), section, 0.0)
+    margin, discount = 2_400 / 450, 450 / 450
+    assert found["break_even_effect"] == pytest.approx((0.02 + 0.05 * discount) / (margin - discount))
+    assert found["smallest_margin_amount"] == pytest.approx(found["smallest_effect"] * margin)
+    nobody = facts(expected_conversions=0.0, expected_cost_amount=0.0, expected_profit_amount=0.0)
+    found = planning.forecast(nobody, Base(0.05, "as given"), section, 0.0)
+    assert found["break_even_effect"] == pytest.approx((0.02 + 0.05 * 1.0) / (5.0 - 1.0))
+    caused = section.model_copy(update={"objective": "incremental_profit"})
+    found = planning.forecast(told, Base(0.05, "as given"), caused, 0.0)
+    assert found["break_even_effect"] == pytest.approx((0.02 + 0.05 * discount) / (5.0 - discount))
 
 
 @pytest.mark.parametrize(

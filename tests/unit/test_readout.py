@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from couponflow.campaign import actuals, intervals, readout
-from couponflow.campaign.readout import Arm, Cell, Money
+from couponflow.campaign import actuals, effects, intervals, readout
+from couponflow.campaign.effects import Arm, Cell, Money
 from couponflow.errors import ConfigError
 from couponflow.training import metrics
 
@@ -20,7 +20,7 @@ RUNS = 200
 
 def bucket(probability: np.ndarray) -> np.ndarray:
     odds = np.log(probability) - np.log1p(-probability)
-    return np.floor(odds * readout.BUCKETS_PER_E).astype(int)
+    return np.floor(odds * effects.BUCKETS_PER_E).astype(int)
 
 
 def cells_of(users: dict[str, np.ndarray], shares: dict[str, float]) -> list[Cell]:
@@ -87,15 +87,15 @@ def world(
 
 
 def test_intervals_cover_the_truth_of_200_simulated_worlds() -> None:
-    covered = dict.fromkeys((*readout.OUTCOMES, "lift"), 0)
+    covered = dict.fromkeys((*effects.OUTCOMES, "lift"), 0)
     shown = refused = 0
     for seed in range(RUNS):
         users, truth = world(seed)
         found = readout.measure(cells_of(users, SHARES), MONEY)
         refused += bool(found["refusal"])
         arms = readout.arms(cells_of(users, SHARES))
-        for name in readout.OUTCOMES:
-            effect = readout.effect(name, arms["treat"], arms["withheld"], MONEY)
+        for name in effects.OUTCOMES:
+            effect = effects.effect(name, arms["treat"], arms["withheld"], MONEY)
             covered[name] += effect.interval[0] <= truth[name] <= effect.interval[1]
             if name == "conversion":
                 base = 2.0 / 32.0  # the mean of the beta of p0
@@ -113,7 +113,7 @@ def test_without_an_effect_one_is_shown_in_1_to_10_percent_of_200_worlds() -> No
     for seed in range(RUNS):
         users, _ = world(seed + 1_000, size=3_000, uplift=0.0)
         arms = readout.arms(cells_of(users, SHARES))
-        effect = readout.effect("conversion", arms["treat"], arms["withheld"], MONEY)
+        effect = effects.effect("conversion", arms["treat"], arms["withheld"], MONEY)
         shown += not effect.covers_zero
     assert 0.01 <= shown / RUNS <= 0.10
 
@@ -206,14 +206,14 @@ def test_a_hundred_users_and_one_percent_of_mistakes_are_read() -> None:
 @pytest.mark.parametrize("outcome", ["open", "click", "mail_open", "mail_click", "redemption"])
 def test_what_an_unmailed_user_cannot_do_is_never_compared(outcome: str) -> None:
     with pytest.raises(ConfigError, match="a user without mail cannot have it"):
-        readout.effect(outcome, Arm(500, 50), Arm(500, 0), MONEY)
-    assert outcome not in readout.OUTCOMES
+        effects.effect(outcome, Arm(500, 50), Arm(500, 0), MONEY)
+    assert outcome not in effects.OUTCOMES
 
 
 def test_a_known_campaign_by_hand() -> None:
     treat = Arm(9_000, 540, revenue_amount=10_800.0, revenue_squares=250_000.0, num_mailed=8_900)
     withheld = Arm(1_000, 40, revenue_amount=800.0, revenue_squares=18_000.0)
-    effect = readout.effect("conversion", treat, withheld, MONEY)
+    effect = effects.effect("conversion", treat, withheld, MONEY)
     assert effect.difference == pytest.approx(0.02)
     # Newcombe's method 10, worked out apart: Wilson (.055274, .065103) and (.029512, .054011).
     assert effect.interval == pytest.approx((0.005207, 0.031668), abs=2e-5)
@@ -221,17 +221,17 @@ def test_a_known_campaign_by_hand() -> None:
     width = intervals.Z * math.sqrt(0.94 / 540 * 9_000 / 8_999 + 0.96 / 40 * 1_000 / 999)
     assert effect.lift_interval == pytest.approx((1.5 * math.exp(-width) - 1, 1.5 * math.exp(width) - 1))
     assert effect.described(9_000)["total"] == pytest.approx(180.0)
-    margin = readout.effect("margin", treat, withheld, MONEY)
+    margin = effects.effect("margin", treat, withheld, MONEY)
     assert margin.described(9_000)["total"] == pytest.approx(900.0)
     # 540 conversions of 4 each, 8,900 mails of .02, against 5 x 360 that would have come anyway.
-    profit = readout.effect("profit", treat, withheld, MONEY)
+    profit = effects.effect("profit", treat, withheld, MONEY)
     assert profit.described(9_000)["total"] == pytest.approx(540 * 4 - 8_900 * 0.02 - 5 * 360)
     told = replace(MONEY, costs={"mail": 100.0, "redemption": 500.0})
-    known = readout.effect("profit", treat, withheld, told)
+    known = effects.effect("profit", treat, withheld, told)
     assert known.described(9_000)["total"] == pytest.approx(900.0 - 600.0)
     gap = margin.interval[0] - known.interval[0]
     assert gap == pytest.approx(600.0 / 9_000), "a known cost moves the interval and does not widen it"
-    revenue = readout.effect("revenue", treat, withheld, MONEY)
+    revenue = effects.effect("revenue", treat, withheld, MONEY)
     spread = (250_000 - 9_000 * 1.2**2) / 8_999 / 9_000 + (18_000 - 1_000 * 0.8**2) / 999 / 1_000
     assert revenue.standard_error == pytest.approx(math.sqrt(spread))
     assert revenue.difference == pytest.approx(0.4)
@@ -396,3 +396,47 @@ def test_nothing_mailed_has_no_ratio_and_nobody_coming_is_drift() -> None:
     assert actuals.expected_against_actual([mailed], 15, None)["is_drifted"]
     few = replace(mailed, mailed_probability=2.0)
     assert not actuals.expected_against_actual([few], 15, None)["is_drifted"]
+
+
+@pytest.mark.parametrize("costs", [{}, {"mail": 90.0}])
+def test_each_coupon_brings_its_own_margin_and_discount(costs: dict[str, float]) -> None:
+    """Against means and variances of amounts per user, the plain way."""
+    draw = np.random.default_rng(3)
+    coupons: dict[str | None, tuple[float, float]] = {"small": (5.0, 0.5), "large": (8.0, 2.5)}
+    money = replace(MONEY, coupons=coupons, costs=costs)
+    size = 4_000
+    arm = draw.choice(["treat", "control"], size, p=[0.8, 0.2])
+    coupon = draw.choice([*coupons, None], size)
+    converted = draw.random(size) < np.where(arm == "treat", 0.12, 0.08)
+    cells = [
+        Cell(
+            name,
+            0,
+            int(mine.sum()),
+            num_converted=int((mine & converted).sum()),
+            num_mailed=int(mine.sum()) if name == "treat" else 0,
+            coupon_id=offer,
+        )
+        for name in ("treat", "control")
+        for offer in (*coupons, None)
+        if (mine := (arm == name) & (coupon == offer)).any()
+    ]
+    amounts = [coupons.get(offer, (5.0, 1.0)) for offer in coupon.tolist()]
+    margin, gain = (converted * np.array([one - two * share for one, two in amounts]) for share in (0.0, 1.0))
+    treat = arm == "treat"
+    found = readout.arms(cells)
+    effect = effects.effect("margin", found["treat"], found["withheld"], money)
+    assert effect.treated == pytest.approx(margin[treat].mean())
+    assert effect.withheld == pytest.approx(margin[~treat].mean())
+    spread = margin[treat].var(ddof=1) / treat.sum() + margin[~treat].var(ddof=1) / (~treat).sum()
+    assert effect.standard_error == pytest.approx(math.sqrt(spread))
+    profit = effects.effect("profit", found["treat"], found["withheld"], money)
+    cost = 90.0 / treat.sum() if costs else 0.02
+    kept = margin if costs else gain
+    assert profit.difference == pytest.approx(kept[treat].mean() - cost - margin[~treat].mean())
+    spread = kept[treat].var(ddof=1) / treat.sum() + margin[~treat].var(ddof=1) / (~treat).sum()
+    assert profit.standard_error == pytest.approx(math.sqrt(spread))
+    assert math.isnan(profit.lift)
+    given = (margin - gain)[treat].sum() + 0.02 * treat.sum()
+    assert money.cost(found["treat"]) == pytest.approx(90.0 if costs else given)
+    assert money.cost(Arm(0)) == (90.0 if costs else 0.0)

@@ -759,6 +759,49 @@ def test_the_readout_shows_effects_or_why_there_are_none() -> None:
     assert "Not read out yet" in _Page(report.render(make_inputs())).text
 
 
+def test_calibration_from_campaign_to_campaign_is_shown_from_the_second_on() -> None:
+    row = {
+        "mail_date": "2017-05-08",
+        "campaign_id": "8",
+        "model_version": "dien-1",
+        "num_users": 900,
+        "expected_conversions": 120.3,
+        "actual_conversions": 80,
+        "ratio": 1.5031,
+        "ratio_interval": [1.2, 1.88],
+        "ece": 0.0447,
+        "is_drifted": True,
+    }
+    later = row | {"mail_date": "2017-10-30", "campaign_id": "18", "ratio": None, "is_drifted": False}
+    text = _Page(report.render(make_inputs(readout=make_readout(), calibration=[row, later]))).text
+    assert "Calibration from campaign to campaign" in text
+    assert "2017-05-08 8 dien-1 900 120.3 80 1.50 ! 1.20 to 1.88 0.045" in text
+    assert f"2017-10-30 18 dien-1 900 120.3 80 {formats.DASH} 1.20 to 1.88 0.045" in text
+    alone = _Page(report.render(make_inputs(readout=make_readout(), calibration=[row]))).text
+    assert "Calibration from campaign" not in alone
+
+
+def test_a_choice_is_judged_by_the_truth_where_it_is_known() -> None:
+    truth = {
+        "num_eligible": 900,
+        "num_chosen": 100,
+        "num_best": 104,
+        "random_profit_amount": -3.25,
+        "chosen_profit_amount": 40.5,
+        "best_profit_amount": 54.0,
+        "share_of_best": 0.75,
+        "share_of_gain": 0.7642,
+    }
+    page = _Page(report.render(make_inputs(hindsight=truth)))
+    assert page.errors == []
+    assert "This list, withheld users included 100 USD 40.50" in page.text
+    assert "The best list, had the chances been known 104 USD 54.00" in page.text
+    assert "earns 75.0% of what the best one would, and closes 76.4% of the way" in page.text
+    nobody = truth | {"share_of_best": None, "share_of_gain": None}
+    assert "of what the best one would" not in _Page(report.render(make_inputs(hindsight=nobody))).text
+    assert "Against the truth" not in _Page(report.render(make_inputs())).text
+
+
 def test_honesty_notes_follow_the_facts() -> None:
     text = _Page(report.render(make_inputs(notes=("Type A exposure is pooled.",)))).text
     assert "figures are no evidence" in text

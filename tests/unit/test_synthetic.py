@@ -588,6 +588,33 @@ def test_the_documented_split_fits_the_default_world(tmp_path: Path) -> None:
     assert [campaign.type for campaign in world.campaigns][:3] == ["Type A", "Type B", "Type C"]
 
 
+def test_campaigns_at_once_share_their_day_and_their_users(tmp_path: Path) -> None:
+    one, two = (
+        Shop(_config(tmp_path / str(n), f"world.campaigns_at_once={n}", num_users=100)) for n in (1, 2)
+    )
+
+    def listed(shop: Shop, feed: str) -> list[Row]:
+        return [row for rows in shop.feeds[feed].values() for row in rows]
+
+    campaigns = {row["campaign_id"]: row for row in listed(two, "campaigns")}
+    assert len(campaigns) == 2 * len(listed(one, "campaigns"))
+    starts = [campaigns[str(n + 1)]["start_date"] for n in range(len(campaigns))]
+    assert starts[::2] == starts[1::2] == sorted(set(starts))
+    assert starts[::2] == sorted(row["start_date"] for row in listed(one, "campaigns"))
+    by_campaign: dict[str, list[Row]] = {name: [] for name in campaigns}
+    for row in two.truth["candidates"]:
+        by_campaign[row["campaign_id"]].append(row)
+    for first, second in zip(list(by_campaign)[::2], list(by_campaign)[1::2], strict=True):
+        left, right = by_campaign[first], by_campaign[second]
+        users = [row["user_id"] for row in left]
+        assert users == [row["user_id"] for row in right]
+        assert len(set(users)) == len(users) > 50
+        assert [row["is_treated"] for row in left] != [row["is_treated"] for row in right]
+        assert [row["p1"] for row in left] != [row["p1"] for row in right]
+    mailed = {row["send_id"] for row in two.truth["candidates"] if row["is_treated"]}
+    assert {row["send_id"] for row in listed(two, "sends")} == mailed
+
+
 def test_too_short_a_world_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="14 days"):
         synthetic.land(_config(tmp_path, last=FIRST + timedelta(days=12)))

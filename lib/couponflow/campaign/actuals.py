@@ -11,8 +11,8 @@ from typing import Any
 
 from couponflow.campaign import intervals
 from couponflow.campaign.agreement import RATIO_BAND
+from couponflow.campaign.effects import Cell
 from couponflow.campaign.intervals import NAN
-from couponflow.campaign.readout import Cell
 
 NUM_DECILES = 10
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CORE_USERS = 100_000
 MAX_FILL_ROUNDS = 4
+_CORE_GROWTH = 4
 _SLOPES_PER_E = 256  # buckets per factor e of slope
 _MARGINS_PER_OCTAVE = 16
 _FREE = 1 << 30  # bucket of an infinite slope
@@ -34,10 +35,12 @@ class Allocation:
     """A choice for each user, and what it is worth.
 
     ``choices``: one row per user with ``option`` (-1 = none) and ``reason`` (why none; null for a holder).
-    ``value`` and ``bound`` in the unit of the values: what was reached, and what nobody can exceed.
+    ``value`` and ``bound`` in the unit of the values: what was reached, and what nobody can exceed under
+    the ``limits``.
     """
 
     choices: DataFrame
+    limits: Limits
     prices: Prices
     value: int
     bound: int
@@ -75,7 +78,7 @@ def _solved(kept: DataFrame, limits: Limits) -> Allocation:
         return option_tables.choice_rows(table, choice, _reasons(everyone, limits, prices, choice), facts)
 
     rows, facts = option_tables.in_one_task(kept, work)
-    return Allocation(rows, _prices(facts), facts["value"], facts["bound"])
+    return Allocation(rows, limits, _prices(facts), facts["value"], facts["bound"])
 
 
 def _spread(kept: DataFrame, limits: Limits, num_users: int, core_users: int) -> Allocation:
@@ -85,10 +88,12 @@ def _spread(kept: DataFrame, limits: Limits, num_users: int, core_users: int) ->
     slope = 0.0 if bucket is None else float(np.exp((bucket + 0.5) / _SLOPES_PER_E))
     screen = _Screen(limits, Prices(slope, units), bucket)
     groups = _by_margin(kept, screen)
-    last = _last_of_core(groups, limits, core_users)
+    most = core_users
+    last = _last_of_core(groups, limits, most)
     core, facts = _core(kept, screen, last, groups)
-    if "error" in facts:  # a minimum may need users whose choice seemed plain
-        last = groups[-1]["key"]
+    while "error" in facts:  # a minimum needs users whose choice seemed plain
+        most *= _CORE_GROWTH
+        last = _last_of_core(groups, limits, most)
         core, facts = _core(kept, screen, last, groups)
     prices = _prices(facts) if limits.is_budget_alone else screen.prices
     plain = [group for group in groups if group["key"] > last]
@@ -103,7 +108,7 @@ def _spread(kept: DataFrame, limits: Limits, num_users: int, core_users: int) ->
             break
     bound = sum(int(group["best"]) for group in groups)
     bound += int(np.ceil(pricing.limits_worth(limits, screen.prices)))
-    return Allocation(_with_reason(state, limits, prices), prices, value, bound)
+    return Allocation(_with_reason(state, limits, prices), limits, prices, value, bound)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def deal_arm(campaign_id: str, user_id: str, section: SelectionConfig, is_select
     """The arm of an eligible user, selected or not."""
     is_holdout = unit_hash(_holdout_salt(section), user_id) < section.holdout_share
     is_control = unit_hash(_control_salt(section, campaign_id), user_id) < section.control_share
-    is_explored = unit_hash(_explore_salt(section, campaign_id), user_id) < section.explore_share
+    is_explored = unit_hash(_explore_salt(section, campaign_id), user_id) < _explored_share(section)
     if is_selected:
         return HOLDOUT if is_holdout else CONTROL if is_control else TREAT
     return EXPLORE if is_explored and not is_holdout else NONE
@@ -62,23 +62,37 @@ def deal_arm(campaign_id: str, user_id: str, section: SelectionConfig, is_select
 
 def propensity(arm: str, section: SelectionConfig) -> float:
     """Probability of an arm: of treat, control and holdout for a selected user, of explore and none for an
-    eligible one who was not selected. Each of the two adds up to 1.
+    eligible one who was not selected. Each of the two adds up to 1; among several coupons, that of explore is
+    of the one coupon that was drawn.
     """
     mailed = 1.0 - section.holdout_share
+    explored = mailed * _explored_share(section)
     return {
         HOLDOUT: section.holdout_share,
         CONTROL: mailed * section.control_share,
         TREAT: mailed * (1.0 - section.control_share),
-        EXPLORE: mailed * section.explore_share,
-        NONE: 1.0 - mailed * section.explore_share,
+        EXPLORE: explored / max(1, len(explored_coupons(section))),
+        NONE: 1.0 - explored,
     }[arm]
+
+
+def explored_coupons(section: SelectionConfig) -> tuple[int, ...]:
+    """Places of the coupons that mails at random may carry: those in stock; the pooled one has place 0."""
+    if not section.coupons:
+        return (0,)
+    return tuple(place for place, coupon in enumerate(section.coupons) if coupon.stock != 0)
+
+
+def _explored_share(section: SelectionConfig) -> float:
+    """No coupon, no mail at random."""
+    return section.explore_share if explored_coupons(section) else 0.0
 
 
 def is_drawn(campaign_id: str, user_id: Column, section: SelectionConfig) -> Column:
     """Whether a user is mailed at random if he is eligible and not selected."""
     is_holdout = unit_hash_column(_holdout_salt(section), user_id) < section.holdout_share
     return ~is_holdout & (
-        unit_hash_column(_explore_salt(section, campaign_id), user_id) < section.explore_share
+        unit_hash_column(_explore_salt(section, campaign_id), user_id) < _explored_share(section)
     )
 
 

@@ -1,10 +1,13 @@
 """Whom a campaign may choose from on a day: the user master with scores and reasons against mailing.
 
-The one place where a selection and a plan of it read their tables.
+The one place where a selection and a plan of it read their tables and decide.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 
@@ -33,7 +36,9 @@ def read(spark: SparkSession, config: Config, campaign_id: str, day: date) -> Ca
     root, section = config.lake.root_uri, config.selection
     contact_rules.check_quiet_day(day, section.quiet_days)
     scores = tables.read(spark, root, "predictions", DateRange.day(day))
-    predictions, model_version = eligibility.one_prediction_per_user(scores, campaign_id, day)
+    predictions, model_version = eligibility.one_prediction_per_user(
+        scores, campaign_id, day, section.targets(campaign_id)
+    )
     rules = config.fingerprint("selection", "events.staff_user_ids")
     decision = selection.Decision.of(campaign_id, day, model_version, section, rules)
     snapshots = tables.read(spark, root, "users")
@@ -45,6 +50,24 @@ def read(spark: SparkSession, config: Config, campaign_id: str, day: date) -> Ca
     around = mails(spark, config, campaign_id, day)
     reasoned = eligibility.with_reason(users, staff, consent, around, buyers, predictions, section)
     return Candidates(reasoned, decision, snapshot)
+
+
+@contextmanager
+def decided(found: Candidates) -> Iterator[tuple[DataFrame, dict[str, Any]]]:
+    """Choice and arm of every candidate, kept for the block, and the facts of the selection.
+
+    Raises:
+        ConfigError: the rules do not fit the candidates.
+        DataError: a segment cannot get its minimum, or the counts do not add up.
+    """
+    decision = found.decision
+    campaign_id, section = decision.campaign_id, decision.section
+    allocated = selection.allocate(found.users, campaign_id, section)
+    rows = selection.with_decision(found.users, campaign_id, section, allocated).persist()
+    try:
+        yield rows, selection.summarise(rows, decision, found.snapshot, allocated)
+    finally:
+        rows.unpersist()
 
 
 def mails(spark: SparkSession, config: Config, campaign_id: str, day: date) -> DataFrame:

@@ -8,7 +8,7 @@ score.
 from dataclasses import dataclass
 from datetime import date
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import Column, DataFrame, Row
 from pyspark.sql import functions as F
 
 from couponflow.campaigning import SelectionConfig
@@ -61,7 +61,7 @@ def user_master(users: DataFrame, run_date: date) -> DataFrame:
     Raises:
         DataError: there is no such snapshot.
     """
-    return _newest_master(users, run_date).select("user_id").distinct()
+    return _newest_master(users, run_date).select("user_id", "attributes").dropDuplicates(["user_id"])
 
 
 def staff_users(
@@ -233,18 +233,19 @@ def with_reason(
 
     Grain: one row per ``user_id`` of ``users``; every one of them, and no other.
     Adds: ``conversion_probability`` (null without a usable prediction), the raw ``score`` beside it,
-    ``reason`` (null = eligible). Other columns of ``users`` stay, for conditions on segments.
+    ``reason`` (null = eligible). Other columns of ``users`` and ``predictions`` stay.
     Inputs: ``users`` of ``user_master``, ``staff`` of ``staff_users``, ``consent`` of ``consent_status``,
     ``mails`` and ``buyers`` of ``contact_rules``, ``predictions`` with one row per user.
     """
     probability = F.col("conversion_probability")
+    scored = [name for name in predictions.columns if name not in users.columns]
     is_usable = probability.isNotNull() & ~F.isnan(probability) & probability.between(0.0, 1.0)
     joined = (
         users.join(staff.select("user_id", F.lit(True).alias("is_staff")), "user_id", "left")
         .join(consent.withColumn("has_record", F.lit(True)), "user_id", "left")
         .join(mails, "user_id", "left")
         .join(buyers.select("user_id", F.lit(True).alias("has_bought")), "user_id", "left")
-        .join(predictions.select("user_id", "conversion_probability", "score"), "user_id", "left")
+        .join(predictions.select("user_id", *scored), "user_id", "left")
         .withColumn("conversion_probability", F.when(is_usable, probability))
     )
     tests = {"staff": F.col("is_staff"), "no_consent_record": F.col("has_record").isNull()}
@@ -255,23 +256,25 @@ def with_reason(
         "recent_purchase": F.col("has_bought"),
         "no_prediction": F.col("conversion_probability").isNull(),
     }
-    kept = [*users.columns, "conversion_probability", "score"]
+    kept = [*users.columns, *scored]
     return joined.select(*kept, _first_of(tests).alias("reason"))
 
 
 def one_prediction_per_user(
-    predictions: DataFrame, campaign_id: str, run_date: date
+    predictions: DataFrame, campaign_id: str, run_date: date, targets: tuple[str, ...] = ()
 ) -> tuple[DataFrame, str]:
     """The predictions of a campaign on a day with the one model version that made them.
 
+    Grain: one row per scored ``user_id`` with ``conversion_probability`` and ``score`` for the campaign's own
+        target, and ``target_probabilities``, a map of it and the other ``targets``.
+
     Raises:
-        DataError: none, more than one model version, or a user with two scores for the campaign.
+        DataError: none, more than one model version, or a user with two scores for a target or without one.
     """
-    found = predictions.where(
-        (F.col("campaign_id") == campaign_id)
-        & (F.col("target_id") == campaign_id)
-        & (F.col("run_date") == F.lit(run_date))
+    of_campaign = predictions.where(
+        (F.col("campaign_id") == campaign_id) & (F.col("run_date") == F.lit(run_date))
     )
+    found = of_campaign.where(F.col("target_id") == campaign_id)
     where = f"table predictions, campaign {campaign_id}, {run_date}"
     versions = found.groupBy("model_version").agg(
         F.count(F.lit(1)).alias("num_rows"), F.countDistinct("user_id").alias("num_users")
@@ -286,7 +289,43 @@ def one_prediction_per_user(
         )
     if rows[0].num_rows != rows[0].num_users:
         raise DataError(f"{where}: {rows[0].num_rows} rows for {rows[0].num_users} users; run score again")
-    return found.select("user_id", "conversion_probability", "score"), str(rows[0].model_version)
+    own = found.select("user_id", "conversion_probability", "score")
+    if set(targets) - {campaign_id}:
+        rows_of = of_campaign.where(F.col("target_id").isin(*targets))
+        own = own.join(_by_target(rows_of, targets, rows[0], where), "user_id", "left")
+    else:
+        only = F.create_map(F.lit(campaign_id), F.col("conversion_probability"))
+        own = own.withColumn("target_probabilities", only)
+    return own, str(rows[0].model_version)
+
+
+def _by_target(rows: DataFrame, targets: tuple[str, ...], own: Row, where: str) -> DataFrame:
+    """``target_probabilities`` of each user.
+
+    Raises:
+        DataError: a target has other users, or another model, than the campaign's own.
+    """
+    counted = rows.groupBy("target_id").agg(
+        F.count(F.lit(1)).alias("num_rows"),
+        F.countDistinct("user_id").alias("num_users"),
+        F.min("model_version").alias("first"),
+        F.max("model_version").alias("last"),
+    )
+    known = {str(row.target_id): row for row in counted.collect()}
+    for target in targets:
+        row = known.get(target)
+        sizes = (0, 0) if row is None else (row.num_rows, row.num_users)
+        if (
+            row is None
+            or sizes != (own.num_rows, own.num_users)
+            or {row.first, row.last} != {own.model_version}
+        ):
+            raise DataError(
+                f"{where}: target {target} of selection.coupons has {sizes[0]} rows, {own.num_rows} of model "
+                f"{own.model_version} are needed; run build_examples --campaign with this target, then score"
+            )
+    pairs = F.collect_list(F.struct("target_id", "conversion_probability"))
+    return rows.groupBy("user_id").agg(F.map_from_entries(pairs).alias("target_probabilities"))
 
 
 def _first_of(tests: dict[str, Column]) -> Column:

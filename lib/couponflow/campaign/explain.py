@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.campaign import eligibility, influence, selection
+from couponflow.campaign import eligibility, influence, scoring, selection
 from couponflow.dates import DateRange
 from couponflow.errors import DataError
 from couponflow.lake import layouts, runs, tables
@@ -81,7 +81,7 @@ def decided(spark: SparkSession, root_uri: str, user_id: str, facts: Mapping[str
         "conversion_probability": None if own is None else float(own["conversion_probability"]),
         "is_cold_start": None if own is None else bool(own["is_cold_start"]),
         **ranks,
-        "coupon_id": None if mailed is None else mailed["coupon_id"],
+        "coupon_id": row["coupon_id"],
         "audience_rank": None if mailed is None else int(mailed["rank"]),
         "expected_value_amount": None if mailed is None else float(mailed["expected_value_amount"]),
     }
@@ -100,20 +100,14 @@ def rests_on(
     day = date.fromisoformat(facts["run_date"])
     examples = tables.read(spark, root_uri, "scoring_examples", DateRange.day(day))
     row = examples.where(F.col("user_id") == user_id).first()
-    if row is None or facts["campaign_id"] not in row["target_ids"]:
+    asked = None if row is None else scoring.target_of(row.asDict(), facts["campaign_id"])
+    if row is None or asked is None:
         raise DataError(
             f"table scoring_examples, {day}: no row of this user for campaign {facts['campaign_id']}; it was "
             "rebuilt since, run build_examples for that day again"
         )
-    place = row["target_ids"].index(facts["campaign_id"])
-    first = 4 * len(layouts.TARGET_FIELDS) * sum(row["target_sizes"][:place])
-    last = first + 4 * len(layouts.TARGET_FIELDS) * row["target_sizes"][place]
-    size = 4 * len(layouts.WIDE_FEATURES)
-    batch = decode(
-        [bytes(row["history"])],
-        [bytes(row["targets"][first:last])],
-        [bytes(row["wide"][size * place : size * (place + 1)])],
-    )
+    target, wide = asked
+    batch = decode([bytes(row["history"])], [target], [wide])
     events = influence.of_events(bundle, batch)
     names = _names(tables.read(spark, root_uri, "vocabularies"), row["vocabulary_version"], events)
     for event in events:

@@ -21,6 +21,7 @@ def ledger_rows(decided: DataFrame, decision: Decision, run_id: str) -> DataFram
         F.col("arm").isin(assignment.TREAT, assignment.CONTROL, assignment.HOLDOUT).alias("would_select"),
         "arm",
         "propensity",
+        "coupon_id",
         "reason",
         F.coalesce("conversion_probability", F.lit(0.0)).alias("conversion_probability"),
         F.lit(run_id).alias("run_id"),

@@ -42,9 +42,17 @@ def coupons(section: SelectionConfig) -> tuple[CouponOption, ...]:
 
 
 def probability(coupon: CouponOption) -> Column:
-    """P(conversion given a mail with this coupon); 0 where unknown."""
-    known = F.coalesce(F.col("conversion_probability"), F.lit(0.0))
+    """P(conversion given a mail with this coupon), for its target; 0 where unknown."""
+    of_target = F.col("conversion_probability")
+    if coupon.target_id:
+        of_target = F.col("target_probabilities").getItem(coupon.target_id)
+    known = F.coalesce(of_target, F.lit(0.0))
     return known if coupon.response_scale == 1.0 else F.least(known * coupon.response_scale, F.lit(1.0))
+
+
+def margin_amount(coupon: CouponOption, section: SelectionConfig) -> float:
+    """Margin of a conversion with this coupon, before its discount."""
+    return section.margin_amount if coupon.margin_amount is None else coupon.margin_amount
 
 
 def cost(coupon: CouponOption, section: SelectionConfig) -> Column:
@@ -61,7 +69,7 @@ def profit(coupon: CouponOption, section: SelectionConfig) -> Column:
     without a score of his uplift a user is worth nothing.
     """
     discount, mail = micro(coupon.discount_amount), F.lit(micro(section.mail_cost_amount)).cast("bigint")
-    margin = micro(section.margin_amount if coupon.margin_amount is None else coupon.margin_amount)
+    margin = micro(margin_amount(coupon, section))
     if section.objective != "incremental_profit":
         return times(probability(coupon), margin - discount) - mail
     caused = F.coalesce(F.col("uplift"), F.lit(0.0)) * coupon.response_scale
@@ -121,15 +129,21 @@ def option_columns(users: DataFrame, campaign_id: str, section: SelectionConfig)
     columns = [value.alias(f"value_{j}") for j, value in enumerate(values)]
     columns += [cost(coupon, section).alias(f"cost_{j}") for j, coupon in enumerate(offers)]
     eligible = users.where(F.col("reason").isNull())
-    inside = _bits([_condition(eligible, segment) for segment in section.segments])
+    inside = _bits([condition(eligible, segment) for segment in section.segments])
     tie = assignment.tie_key_column(campaign_id, F.col("user_id"))
     return eligible.select(
         "user_id", tie.alias("tie"), *columns, offered.alias("offered"), inside.alias("segments")
     )
 
 
-def _condition(users: DataFrame, segment: SegmentLimit) -> Column:
-    """Whether a user is of a segment. The text has to be a condition as it stands, and in parentheses."""
+def condition(users: DataFrame, segment: SegmentLimit) -> Column:
+    """Whether a user is of a segment; false where that is unknown.
+
+    The text has to be a condition as it stands, and in parentheses.
+
+    Raises:
+        ConfigError: it cannot be evaluated over these users.
+    """
     try:
         users.select(F.expr(segment.where).cast("boolean"))
         inside = F.expr(f"({segment.where})").cast("boolean")

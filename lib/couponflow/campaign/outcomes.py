@@ -14,7 +14,7 @@ from typing import Any
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.campaign.readout import BUCKETS_PER_E, EXPLORE, Cell
+from couponflow.campaign.effects import BUCKETS_PER_E, EXPLORE, Cell
 from couponflow.config import Config
 from couponflow.dates import DateRange, day_start, local_day
 from couponflow.errors import DataError
@@ -167,7 +167,7 @@ def last_day(span: Span, time_zone: str) -> date:
 def ledger_cells(
     spark: SparkSession, config: Config, campaign_id: str, name: str, version: Version, span: Span
 ) -> list[Cell]:
-    """The users of a version in cells of (arm, propensity, log-odds).
+    """The users of a version in cells of (arm, propensity, coupon, log-odds).
 
     Selected and explored users, and whoever was mailed without being either. An erased person is in no cell.
     ``num_before`` looks back from the start of the window over as long a time as the window.
@@ -178,7 +178,7 @@ def ledger_cells(
         tables.read(spark, root_uri, "assignments")
         .where((F.col("campaign_id") == campaign_id) & (F.col("version") == name))
         .where(~F.col("user_id").startswith(TOMBSTONE))
-        .select("user_id", "arm", "would_select", "propensity", "conversion_probability")
+        .select("user_id", "arm", "would_select", "propensity", "coupon_id", "conversion_probability")
     )
     is_compared = F.col("would_select") | (F.col("arm") == EXPLORE)
     back = span.label_start - (span.label_end - span.label_start)
@@ -257,6 +257,7 @@ def delivered_cells(spark: SparkSession, config: Config, campaign_id: str) -> tu
         .withColumn("was_before", F.lit(None).cast("int"))
         .withColumn("is_selected", F.lit(False))
         .withColumn("share", F.lit(None).cast("double"))
+        .withColumn("coupon_id", F.lit(None).cast("string"))
     )
     cells = _cells(found, "model_version", "is_selected", "share")
     models = {cell.arm for cell in cells}
@@ -264,7 +265,7 @@ def delivered_cells(spark: SparkSession, config: Config, campaign_id: str) -> tu
 
 
 def _cells(users: DataFrame, arm: str, is_selected: str, propensity: str) -> list[Cell]:
-    """Count users by arm and log-odds, in whole numbers, so that the order of rows changes nothing."""
+    """Count users by arm, coupon and log-odds in whole numbers: the order of rows changes nothing."""
     is_mailed = F.col("is_converted").isNotNull()
     revenue = F.coalesce("revenue_micro", F.lit(0)).cast("decimal(18,0)")
     probability = F.floor(F.col("conversion_probability") * F.lit(float(_NANO)) + 0.5).cast("bigint")
@@ -272,6 +273,7 @@ def _cells(users: DataFrame, arm: str, is_selected: str, propensity: str) -> lis
         F.col(arm).alias("arm"),
         F.col(is_selected).alias("is_selected"),
         F.col(propensity).alias("propensity"),
+        "coupon_id",
         _bucket(F.col("conversion_probability")).alias("bucket"),
     ).agg(
         F.count(F.lit(1)).alias("num_users"),
@@ -297,10 +299,14 @@ def _cells(users: DataFrame, arm: str, is_selected: str, propensity: str) -> lis
             int(row["num_mailed"]),
             int(row["probability"]) / _NANO,
             int(row["conversions"]),
+            row["coupon_id"],
         )
         for row in found.collect()
     ]
-    return sorted(cells, key=lambda cell: (cell.arm, cell.is_selected, cell.bucket, cell.propensity))
+    return sorted(
+        cells,
+        key=lambda cell: (cell.arm, cell.is_selected, cell.bucket, cell.propensity, str(cell.coupon_id)),
+    )
 
 
 def costs_of(

@@ -5,13 +5,14 @@ computes nothing that a stage has not decided.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.campaign import charts, formats, report, settled
+from couponflow import campaign_file
+from couponflow.campaign import charts, formats, hindsight, report, settled
 from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.lake import contracts, runs, storage, tables
@@ -28,11 +29,17 @@ Show = Callable[[str, list[str], list[list[Any]]], None]
 Records = dict[str, runs.RunRecord]
 
 
-def collect(config: Config, records: Records, skipped: set[str], spark: SparkSession) -> report.ReportInputs:
-    """Everything the report shows, from the records of a pipeline's stages by stage name.
+def collect(
+    config: Config,
+    records: Records,
+    skipped: set[str],
+    spark: SparkSession,
+    hindsights: Mapping[str, dict[str, Any]] | None = None,
+) -> report.ReportInputs:
+    """Everything the report of ``run.campaign_id`` shows, from the records of stages by stage name.
 
     Any stage may be missing. What only holds for a source's own data (the note, how its past mails were
-    sent) is said when that source has landed it.
+    sent) is said when that source has landed it. ``hindsights`` are what ``look_back`` finds.
     """
     campaign = config.run.campaign_id
     facts = {name: record.facts for name, record in records.items()}
@@ -62,6 +69,8 @@ def collect(config: Config, records: Records, skipped: set[str], spark: SparkSes
         ],
         conservation=conservation(config, records),
         verdicts=facts.get("monitor", {}).get("verdicts", []),
+        hindsight=(hindsights or {}).get(campaign, {}),
+        calibration=settled.calibration_by_campaign(config.lake.root_uri),
         readout=settled.kept(config, campaign, str(selection.get("version", ""))),
         table_versions={table: n for record in records.values() for table, n in record.versions.items()},
         run_id=newest.run_id if newest else "",
@@ -81,11 +90,51 @@ def _is_randomised(config: Config) -> bool | None:
     return {"completejourney": False}.get(config.source.name)
 
 
-def write_report(config: Config, records: Records, skipped: set[str], spark: SparkSession) -> str:
-    """Render the report and replace ``<root>/reports/campaign-<id>.html``; returns its URI."""
-    html = report.render(collect(config, records, skipped, spark))
-    uri = storage.join(config.lake.root_uri, "reports", f"campaign-{config.run.campaign_id}.html")
-    return report.write(uri, html, "")
+def look_back(config: Config, records: Records, spark: SparkSession, show: Show) -> dict[str, dict[str, Any]]:
+    """What each campaign's choice is worth by the true chances, printed; nothing where they are not known."""
+    found = {}
+    for campaign in config.run.campaign_ids:
+        stage = f"select_audience campaign {campaign}"
+        version = str(records[stage].facts["version"]) if stage in records else ""
+        own = campaign_file.applied(config, campaign)
+        if facts := hindsight.of_campaign(own, campaign, version, spark):
+            found[campaign] = facts
+    if found:
+        show(
+            "Against the truth: expected profit by the true chances",
+            ["campaign", "selected", "a random list", "this list", "the best list", "of the best"],
+            [
+                [
+                    campaign,
+                    formats.number(facts["num_chosen"]),
+                    *(
+                        formats.money(facts[f"{name}_profit_amount"], config.lake.currency)
+                        for name in ("random", "chosen", "best")
+                    ),
+                    formats.percent(facts["share_of_best"], 1),
+                ]
+                for campaign, facts in found.items()
+            ],
+        )
+    return found
+
+
+def write_reports(
+    config: Config,
+    records: Records,
+    skipped: set[str],
+    spark: SparkSession,
+    hindsights: Mapping[str, dict[str, Any]] | None = None,
+) -> list[str]:
+    """Render each campaign's report and replace ``<root>/reports/campaign-<id>.html``; returns their URIs."""
+    uris = []
+    for campaign in config.run.campaign_ids:
+        run = config.run.model_copy(update={"campaign_id": campaign, "more_campaign_ids": ()})
+        own = config.model_copy(update={"run": run})
+        html = report.render(collect(own, records, skipped, spark, hindsights))
+        uri = storage.join(config.lake.root_uri, "reports", f"campaign-{campaign}.html")
+        uris.append(report.write(uri, html, ""))
+    return uris
 
 
 def show_results(config: Config, records: Records, show: Show) -> None:
@@ -94,16 +143,16 @@ def show_results(config: Config, records: Records, show: Show) -> None:
     What no stage has recorded is left out; a number that does not exist, such as an AUC of one class, is a
     dash.
     """
-    campaign = config.run.campaign_id
     facts = {name: record.facts for name, record in records.items()}
     show("From raw rows to recipients", ["step", "rows"], funnel(config, records))
-    steps = facts.get(f"select_audience campaign {campaign}", {}).get("waterfall", [])
-    if steps:
-        show(
-            f"Campaign {campaign}: who gets the mail",
-            ["step", "left out", "remain"],
-            [[step["label"], step["excluded"], step["remaining"]] for step in steps],
-        )
+    for campaign in config.run.campaign_ids:
+        steps = facts.get(f"select_audience campaign {campaign}", {}).get("waterfall", [])
+        if steps:
+            show(
+                f"Campaign {campaign}: who gets the mail",
+                ["step", "left out", "remain"],
+                [[step["label"], step["excluded"], step["remaining"]] for step in steps],
+            )
     evaluation = read_evaluation(facts.get("evaluate", {}))
     if evaluation:
         show(
@@ -177,22 +226,34 @@ def read_evaluation(facts: dict[str, Any]) -> dict[str, Any]:
 
 def funnel(config: Config, records: Records) -> list[list[Any]]:
     """Step and rows, from raw event rows to exported recipients; a step that nobody recorded is left out."""
-    campaign = config.run.campaign_id
-    selection = f"select_audience campaign {campaign}"
-    facts = records[selection].facts if selection in records else {}
-    withheld = [facts[name] for name in ("control_users", "holdout_users") if name in facts]
     steps = [
         ("raw event rows", _rows(records, "clean_events", "raw_rows")),
         ("clean events", _rows(records, "clean_events", "events")),
         ("sessions", _rows(records, "sessionize", "sessions")),
         ("training examples", _rows(records, "build_examples", "training_examples")),
+    ]
+    for campaign in config.run.campaign_ids:
+        steps += [(step + _suffix(config, campaign), rows) for step, rows in _of_campaign(records, campaign)]
+    return [[step, rows] for step, rows in steps if rows is not None]
+
+
+def _of_campaign(records: Records, campaign: str) -> list[tuple[str, int | None]]:
+    """The steps of the funnel from scores to recipients."""
+    selection = f"select_audience campaign {campaign}"
+    facts = records[selection].facts if selection in records else {}
+    withheld = [facts[name] for name in ("control_users", "holdout_users") if name in facts]
+    return [
         ("users scored", _rows(records, f"score campaign {campaign}", "predictions")),
         ("chosen by the selection", facts.get("selected_users")),
         ("withheld as control or holdout", sum(withheld) if withheld else None),
         ("mailed at random", facts.get("explore_users") or None),
         ("exported recipients", _rows(records, f"export_audience campaign {campaign}", "recipients")),
     ]
-    return [[step, rows] for step, rows in steps if rows is not None]
+
+
+def _suffix(config: Config, campaign: str) -> str:
+    """What tells the lines of several campaigns apart."""
+    return f", campaign {campaign}" if config.run.more_campaign_ids else ""
 
 
 def conservation(config: Config, records: Records) -> list[dict[str, Any]]:
@@ -200,7 +261,6 @@ def conservation(config: Config, records: Records) -> list[dict[str, Any]]:
 
     A door is shown when both of its sides are on record.
     """
-    campaign = config.run.campaign_id
     doors = [_delivery_door(records, "clean_events", "events", "")]
     doors += [_delivery_door(records, "clean_feeds", feed, f"{feed}_") for feed in contracts.FEEDS]
     built = records["build_examples"].facts if "build_examples" in records else {}
@@ -222,13 +282,21 @@ def conservation(config: Config, records: Records) -> list[dict[str, Any]]:
         )
         for stage, split in (("train dien", "train"), ("train dien", "valid"), ("evaluate", "test"))
     ]
+    for campaign in config.run.campaign_ids:
+        doors += _campaign_doors(records, campaign, _suffix(config, campaign))
+    return [door for door in doors if door is not None]
+
+
+def _campaign_doors(records: Records, campaign: str, suffix: str) -> list[dict[str, Any] | None]:
+    """The doors from users to the exported file."""
     score, select = f"score campaign {campaign}", f"select_audience campaign {campaign}"
-    users = records[score].facts.get("num_users") if score in records else None
-    doors.append(_door("users to predictions", users, _rows(records, score, "predictions")))
+    scored = records[score].facts if score in records else {}
+    users = scored.get("num_scores", scored.get("num_users"))
+    doors = [_door(f"users to predictions{suffix}", users, _rows(records, score, "predictions"))]
     facts = records[select].facts if select in records else {}
     doors.append(
         _door(
-            "predictions to audience",
+            f"predictions to audience{suffix}",
             facts.get("num_users"),
             facts.get("mailed_users"),
             left_out=sum(step["excluded"] for step in facts.get("waterfall", [])),
@@ -239,14 +307,14 @@ def conservation(config: Config, records: Records) -> list[dict[str, Any]]:
     if export in records and records[export].facts.get("version") == facts.get("version"):
         doors.append(
             _door(
-                "audience to exported file",
+                f"audience to exported file{suffix}",
                 facts.get("mailed_users"),
                 _rows(records, export, "recipients"),
                 left_out=_rows(records, export, "withdrawn") or 0,
                 note="left out: withdrawn since the selection",
             )
         )
-    return [door for door in doors if door is not None]
+    return doors
 
 
 def _rows(records: Records, stage: str, name: str) -> int | None:
@@ -317,7 +385,7 @@ def score_histogram(spark: SparkSession, config: Config, version: str) -> dict[s
     campaign = config.run.campaign_id
     day = DateRange.day(config.run.run_date)
     found = tables.read(spark, config.lake.root_uri, "predictions", day).where(
-        F.col("campaign_id") == campaign
+        (F.col("campaign_id") == campaign) & (F.col("target_id") == campaign)
     )
     ledger = tables.read_or_empty(spark, config.lake.root_uri, "assignments").where(
         (F.col("campaign_id") == campaign) & (F.col("version") == version)

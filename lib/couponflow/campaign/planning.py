@@ -13,7 +13,7 @@ from typing import Any
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.campaign import candidates, power, readout, selection, settled
+from couponflow.campaign import candidates, effects, power, readout, settled
 from couponflow.campaigning import SelectionConfig
 from couponflow.config import Config
 from couponflow.errors import DataError
@@ -65,10 +65,8 @@ def plan(
 
 
 def _selected(spark: SparkSession, config: Config, campaign_id: str, day: date) -> dict[str, Any]:
-    found, section = candidates.read(spark, config, campaign_id, day), config.selection
-    allocated = selection.allocate(found.users, campaign_id, section)
-    decided = selection.with_decision(found.users, campaign_id, section, allocated)
-    return selection.summarise(decided, found.decision, found.snapshot, allocated)
+    with candidates.decided(candidates.read(spark, config, campaign_id, day)) as (_, facts):
+        return facts
 
 
 def _known_base(spark: SparkSession, config: Config, campaign_id: str, day: date) -> Base | None:
@@ -83,7 +81,7 @@ def _known_base(spark: SparkSession, config: Config, campaign_id: str, day: date
 
 def measured_base(record: dict[str, Any]) -> Base | None:
     """The rate of the withheld users of a readout; None if none or all of them ordered, which is no rate."""
-    withheld = record["arms"][readout.WITHHELD]
+    withheld = record["arms"][effects.WITHHELD]
     rate = float(withheld["conversion_rate"])
     source = f"withheld users of campaign {record['campaign_id']}, version {record['version']}"
     return Base(rate, source, withheld["revenue_deviation"]) if 0.0 < rate < 1.0 else None
@@ -109,13 +107,15 @@ def forecast(
 ) -> dict[str, Any]:
     """What the arms of a selection can show. None: there is no such effect, for want of users or control.
 
-    ``break_even_effect`` d pays for the mail: d margin = mail + (base + d) discount.
+    ``break_even_effect`` d pays for the mail: d margin = mail + (base + d) discount; of several coupons the
+    amounts are those of an expected conversion of the mailed users.
     """
+    margin, discount = _amounts(facts, section)
     num_withheld = facts["control_users"] + facts["holdout_users"]
     arms = power.Arms(facts["mailed_users"], num_withheld)
     smallest = _known(power.smallest_rate_effect(base.rate, arms))
-    gain = section.margin_amount - section.discount_amount
-    cost = section.mail_cost_amount + base.rate * section.discount_amount
+    gain = margin - discount
+    cost = section.mail_cost_amount + base.rate * discount
     withheld_share = 1.0 - (1.0 - section.holdout_share) * (1.0 - section.control_share)
     return {
         **{name: facts[name] for name in _FACTS},
@@ -125,10 +125,8 @@ def forecast(
         "base_rate_source": base.source,
         "smallest_effect": smallest,
         "smallest_lift": None if smallest is None else smallest / base.rate,
-        "smallest_margin_amount": None if smallest is None else smallest * section.margin_amount,
-        "smallest_margin_total_amount": None
-        if smallest is None
-        else smallest * section.margin_amount * arms.num_treat,
+        "smallest_margin_amount": None if smallest is None else smallest * margin,
+        "smallest_margin_total_amount": None if smallest is None else smallest * margin * arms.num_treat,
         "smallest_revenue_amount": None
         if base.revenue_deviation is None
         else _known(power.smallest_mean_effect(base.revenue_deviation, arms)),
@@ -142,6 +140,17 @@ def forecast(
         else None,
         "words": _words(arms, smallest),
     }
+
+
+def _amounts(facts: dict[str, Any], section: SelectionConfig) -> tuple[float, float]:
+    """Margin and discount of an expected conversion."""
+    number, cost = facts["expected_conversions"], facts["expected_cost_amount"]
+    if not section.coupons or not number:
+        return section.margin_amount, section.discount_amount
+    discount = (cost - section.mail_cost_amount * facts["mailed_users"]) / number
+    if section.objective == "incremental_profit":  # its profit counts another margin
+        return section.margin_amount, discount
+    return (facts["expected_profit_amount"] + cost) / number, discount
 
 
 def _words(arms: power.Arms, smallest: float | None) -> str:

@@ -36,13 +36,17 @@ _OUR_ERROR = re.compile(r"couponflow\.errors\.(ConfigError|DataError|InfraError)
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be scored: one campaign on one day; ``data_version`` names the state of the examples."""
+    """What is to be scored: the targets of one campaign on one day, its own first.
+
+    ``data_version`` names the state of the examples.
+    """
 
     root_uri: str
     campaign_id: str
     run_date: date
     data_version: str
     section: ScoringConfig
+    target_ids: tuple[str, ...]
 
 
 @contextmanager
@@ -51,8 +55,9 @@ def scored(
 ) -> Iterator[tuple[DataFrame, dict[str, Any]]]:
     """Score all users with the bundle in ``folder``, pass the gates, lend the rows and the run's facts.
 
-    ``before``: the campaign's last predictions of an earlier day. The parts are removed when the block ends
-    well, and where a gate is closed: scored again they would be the same.
+    ``before``: the campaign's last predictions of an earlier day. The facts are those of its own target. The
+    parts are removed when the block ends well, and where a gate is closed: scored again they would be the
+    same.
 
     Raises:
         ConfigError: the model's vocabulary is not the table's, or the bundle is damaged.
@@ -73,8 +78,7 @@ def scored(
         predictions = spark.read.schema(schema).parquet(*uris)
         seconds = perf_counter() - started
         try:
-            facts = gates.check_predictions(predictions, users)
-            facts |= gates.check_drift(predictions, before, shipped.base_rate, request.section)
+            facts = _checked(request, predictions, users, before, shipped.base_rate)
         except DataError:
             storage.remove_folder(place)
             raise
@@ -82,6 +86,8 @@ def scored(
             "model_version": shipped.model_version,
             "kind": shipped.kind,
             "num_parts": num_parts,
+            "target_ids": list(request.target_ids),
+            "num_scores": facts["num_users"] * len(request.target_ids),
             "users_per_second": round(facts["num_users"] / seconds, 1),
             "bundle_loads": loads.value,
         }
@@ -91,6 +97,37 @@ def scored(
         raise _as_ours(error, request) from error
     finally:
         spark.conf.set(_BATCH_ROWS, str(rows_before))
+
+
+def _checked(
+    request: Request,
+    predictions: DataFrame,
+    users: DataFrame,
+    before: DataFrame | None,
+    base_rate: float | None,
+) -> dict[str, Any]:
+    """The gates of each target; returns the facts of the campaign's own.
+
+    Raises:
+        DataError: a gate is closed; the message names the target.
+    """
+    found = []
+    for target_id in request.target_ids:
+        is_of = F.col("target_id") == target_id
+        rows, earlier = predictions.where(is_of), None if before is None else before.where(is_of)
+        if earlier is not None and earlier.isEmpty():  # a target that is new to the campaign
+            earlier = None
+        try:
+            facts = gates.check_predictions(rows, users)
+            found.append(facts | gates.check_drift(rows, earlier, base_rate, request.section))
+        except DataError as error:
+            if len(request.target_ids) == 1:
+                raise
+            raise DataError(
+                f"target {target_id} of campaign {request.campaign_id}: {error} (build_examples needs "
+                f"--campaign {','.join(request.target_ids)})"
+            ) from error
+    return found[0]
 
 
 def last_predictions(predictions: DataFrame, campaign_id: str, run_date: date) -> DataFrame | None:
@@ -110,7 +147,9 @@ def _score_parts(
     """Write every part that is not there yet; returns where they lie, and their number."""
     section = request.section
     num_parts = max(1, -(-num_users // section.part_users))
-    asked = f"{request.campaign_id} {request.run_date} {request.data_version} {shipped.sha256} {num_parts}"
+    targets = ",".join(request.target_ids)
+    examined = f"{request.run_date} {request.data_version} {shipped.sha256} {num_parts}"
+    asked = f"{request.campaign_id} {targets} {examined}"
     place = storage.join(request.root_uri, *PARTS, storage.sha256(asked.encode())[:16])
     started, num_new = perf_counter(), 0
     for number in range(num_parts):
@@ -121,7 +160,8 @@ def _score_parts(
         rows = examples
         if num_parts > 1:
             rows = examples.where(F.pmod(F.xxhash64("user_id"), F.lit(num_parts)) == number)
-        frame = score_users(rows, shipped, [request.campaign_id], request.run_date, section.chunk_rows, loads)
+        frame = score_users(rows, shipped, request.target_ids, request.run_date, section.chunk_rows, loads)
+        frame = frame.withColumn("campaign_id", F.lit(request.campaign_id))
         frame.write.mode("overwrite").parquet(storage.spark_uri(uri))
         num_new += 1
         speed = num_new * num_users / num_parts / (perf_counter() - started)

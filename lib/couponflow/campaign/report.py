@@ -44,7 +44,9 @@ class ReportInputs:
     ``score`` has model_version, kind, num_users, cold_start_users, users_per_second, mean_probability.
     ``score_histogram`` has edges (n + 1), counts (n) and selected_counts (n). ``stages``, ``conservation``
     and ``verdicts`` are lists of rows; ``has_randomised_control`` says whether past sends had one, None where
-    that is not known. ``readout`` is the stored readout of the campaign's mails.
+    that is not known. ``readout`` is the stored readout of the campaign's mails. ``hindsight`` is what the
+    choice is worth by the true chances, where a synthetic shop tells them; ``calibration`` has one row per
+    readout of this lake.
     """
 
     campaign: Facts = field(default_factory=dict)
@@ -57,6 +59,8 @@ class ReportInputs:
     conservation: Sequence[Facts] = ()
     verdicts: Sequence[Facts] = ()
     readout: Facts = field(default_factory=dict)
+    hindsight: Facts = field(default_factory=dict)
+    calibration: Sequence[Facts] = ()
     table_versions: Mapping[str, int] = field(default_factory=dict)
     run_id: str = ""
     config_fingerprint: str = ""

@@ -4,10 +4,10 @@ Rows go through the same decoder as in training. torch is imported inside functi
 score. What is published, and when, is ``publication``'s.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,6 +38,14 @@ _OUTPUT = pa.schema(
         ("score", pa.float64()),
         ("conversion_probability", pa.float64()),
         ("is_cold_start", pa.bool_()),
+    ]
+)
+_PACKED = pa.schema(
+    [
+        ("target_ids", pa.list_(pa.string())),
+        ("target_sizes", pa.list_(pa.int32())),
+        ("targets", pa.binary()),
+        ("wide", pa.binary()),
     ]
 )
 _EVENT_BYTES = 4 * len(layouts.HISTORY_FIELDS)
@@ -162,6 +170,18 @@ def _asked(rows: pa.RecordBatch, campaign_ids: Sequence[str]) -> _Asked:
         wide.start[row] + _WIDE_BYTES * (place - first[row]), np.full(len(row), _WIDE_BYTES)
     )
     return _Asked(row, campaign[place], members, aggregates)
+
+
+def target_of(row: Mapping[str, Any], campaign_id: str) -> tuple[memoryview, memoryview] | None:
+    """Packed members and aggregates of a campaign's target in one row of ``scoring_examples``; None without.
+
+    Raises:
+        DataError: the packed columns of the row disagree.
+    """
+    held = {name: row[name] for name in ("target_ids", "target_sizes")}
+    held |= {name: bytes(row[name]) for name in ("targets", "wide")}
+    asked = _asked(pa.RecordBatch.from_pylist([held], schema=_PACKED), [campaign_id])
+    return (asked.members[0], asked.wide[0]) if asked.row.size else None
 
 
 def score_users(

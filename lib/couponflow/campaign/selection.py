@@ -16,10 +16,10 @@ from typing import Any
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from couponflow.campaign import allocation, assignment, eligibility, options
+from couponflow.campaign import allocation, assignment, eligibility, exploration, options
 from couponflow.campaign.options import MICRO, micro
 from couponflow.campaigning import SelectionConfig
-from couponflow.errors import ConfigError, DataError
+from couponflow.errors import DataError
 
 log = logging.getLogger("couponflow")
 
@@ -151,13 +151,15 @@ def allocate(users: DataFrame, campaign_id: str, section: SelectionConfig) -> al
     """The choice among coupons and under limits on segments, made at once; None where there are none.
 
     Raises:
-        ConfigError: the users lack what the objective is computed from, or a segment's condition is wrong.
+        ConfigError: the users lack what the objective is computed from, a segment's condition is wrong, or
+            ``explore_share`` needs more than a limit allows.
         DataError: a segment cannot get its minimum.
     """
     if not section.coupons and not section.segments:
         return None
     options.check_scores(users, section)
-    return allocation.allocate(options.option_columns(users, campaign_id, section), options.limits(section))
+    left = exploration.left_over(users, campaign_id, section)
+    return allocation.allocate(options.option_columns(users, campaign_id, section), options.limits(left))
 
 
 def with_allocation(
@@ -219,37 +221,14 @@ def with_decision(
     marked = users.withColumn("is_eligible", F.col("reason").isNull())
     if allocated is None:
         priced = with_option(marked, campaign_id, section)
-        chosen = select_users(priced, _without_exploration(priced, campaign_id, section))
+        chosen = select_users(priced, exploration.left_over(users, campaign_id, section))
     else:
         chosen = with_allocation(marked, campaign_id, section, allocated)
     dealt = assignment.with_arm(chosen, campaign_id, section).drop("is_eligible")
+    if allocated is not None and section.explore_share:
+        dealt = exploration.with_drawn_coupon(dealt, campaign_id, section)
     is_dealt = F.col("arm").isin(assignment.HOLDOUT, assignment.CONTROL, assignment.EXPLORE)
     return dealt.withColumn("reason", F.when(is_dealt, F.col("arm")).otherwise(F.col("reason")))
-
-
-def _without_exploration(priced: DataFrame, campaign_id: str, section: SelectionConfig) -> SelectionConfig:
-    """The limits that are left to the selection once every eligible user drawn for exploration is paid for.
-
-    Who is drawn and then selected on his merits is paid for twice, so the list stays within its limits and
-    may fall short of them by that. Costs a pass over the users where ``explore_share`` is above 0.
-    """
-    if not section.explore_share:
-        return section
-    is_drawn = F.col("is_eligible") & assignment.is_drawn(campaign_id, F.col("user_id"), section)
-    found = (
-        priced.where(is_drawn)
-        .agg(F.count(F.lit(1)).alias("num_users"), _exact_sum("cost_micro").alias("cost"))
-        .collect()[0]
-    )
-    num_left = section.max_recipients - int(found.num_users)
-    left_micro = micro(section.budget_amount) - int(found.cost or 0)
-    if num_left < 0 or left_micro < 0:
-        raise ConfigError(
-            f"campaign {campaign_id}: selection.explore_share = {section.explore_share} draws "
-            f"{found.num_users} users for {int(found.cost) / MICRO:.2f}, above max_recipients "
-            f"{section.max_recipients} or budget_amount {section.budget_amount}; lower it"
-        )
-    return section.model_copy(update={"max_recipients": num_left, "budget_amount": left_micro / MICRO})
 
 
 def summarise(
@@ -380,7 +359,7 @@ def _dearest(
 
     Where no limit has a price, the first one that left a user out. Objectives without money have no gain.
     """
-    limits, prices = options.limits(section), allocated.prices
+    limits, prices = allocated.limits, allocated.prices
     worth = {"budget": (prices.budget * limits.budget, prices.budget)}
     for unit, price in zip(limits.units, prices.units, strict=True):
         if price > 0:
@@ -394,7 +373,7 @@ def _dearest(
 
 def _solution_facts(section: SelectionConfig, allocated: allocation.Allocation) -> dict[str, Any]:
     """How good the choice is: prices, bound and gap."""
-    limits, prices = options.limits(section), allocated.prices
+    limits, prices = allocated.limits, allocated.prices
     unit_size = MICRO if section.objective in options.PROFITS else MICRO * MICRO
     named = {
         f"{unit.kind} {unit.name}".strip(): price / unit_size

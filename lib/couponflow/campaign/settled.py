@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from couponflow.campaign import actuals, outcomes, readout
+from couponflow.campaign import actuals, options, outcomes, readout
+from couponflow.campaign.effects import Cell, Money
 from couponflow.campaign.outcomes import Span, Version
-from couponflow.campaign.readout import Cell, Money
 from couponflow.config import Config
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import runs, storage, tables
@@ -20,6 +20,17 @@ from couponflow.training.evaluation import without_nan
 
 SCHEMA_VERSION = 1
 DELIVERED = "delivered"
+#: What the course of calibration over campaigns shows of each.
+_DRIFT = (
+    "model_version",
+    "num_users",
+    "expected_conversions",
+    "actual_conversions",
+    "ratio",
+    "ratio_interval",
+    "ece",
+    "is_drifted",
+)
 
 
 def uri_of(root_uri: str, campaign_id: str, version: str) -> str:
@@ -83,6 +94,8 @@ def settings(config: Config) -> dict[str, Any]:
     }
     for name in ("margin_amount", "mail_cost_amount", "discount_amount"):
         found[f"selection.{name}"] = config.selection.model_dump()[name]
+    if config.selection.coupons:
+        found["selection.coupons"] = config.selection.model_dump(mode="json")["coupons"]
     return found | {
         "lake.time_zone": config.lake.time_zone,
         "lake.currency": config.lake.currency,
@@ -103,6 +116,10 @@ def _of_ledger(spark: Any, config: Config, campaign_id: str, name: str) -> dict[
         section.mail_cost_amount,
         section.discount_amount,
         outcomes.costs_of(spark, config, campaign_id, version.run_date, span),
+        {
+            coupon.coupon_id: (options.margin_amount(coupon, section), coupon.discount_amount)
+            for coupon in section.coupons
+        },
     )
     return {
         **_frame(config, campaign_id, name, version.run_date.isoformat(), span),
@@ -204,15 +221,29 @@ def _model_of(root_uri: str, campaign_id: str, version: str) -> str:
 
 def last_of_type(root_uri: str, campaign_type: str, before: str) -> dict[str, Any] | None:
     """The newest readout of a campaign type that has a control and a run date before ``before``, or None."""
+    found = [
+        record
+        for record in _all_records(root_uri)
+        if record.get("campaign_type") == campaign_type
+        and not record.get("refusal")
+        and record["run_date"] < before
+    ]
+    return max(found, key=lambda record: (record["run_date"], record["version"]), default=None)
+
+
+def calibration_by_campaign(root_uri: str) -> list[dict[str, Any]]:
+    """Expected against actual conversions of each readout whose users had predictions, oldest mails first."""
+    rows = [
+        {name: record[name] for name in ("mail_date", "campaign_id", "campaign_type", "version")}
+        | {name: record["expected_actual"][name] for name in _DRIFT}
+        for record in _all_records(root_uri)
+        if record["expected_actual"]["num_users"]
+    ]
+    return sorted(rows, key=lambda row: (row["mail_date"], row["campaign_id"], row["version"]))
+
+
+def _all_records(root_uri: str) -> Iterator[dict[str, Any]]:
     folder = storage.join(root_uri, "readouts")
-    found = []
     for campaign in storage.list_names(folder):
         for name in storage.list_names(storage.join(folder, campaign)):
-            record = json.loads(storage.read_bytes(storage.join(folder, campaign, name)))
-            if (
-                record.get("campaign_type") == campaign_type
-                and not record.get("refusal")
-                and record["run_date"] < before
-            ):
-                found.append(record)
-    return max(found, key=lambda record: (record["run_date"], record["version"]), default=None)
+            yield json.loads(storage.read_bytes(storage.join(folder, campaign, name)))

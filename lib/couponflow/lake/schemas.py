@@ -17,7 +17,7 @@ from couponflow.lake.declarations import (
     required,
 )
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 COUPON_TYPE = "array<struct<coupon_id:string,category_id:string,item_ids:array<string>>>"
 
@@ -401,6 +401,7 @@ TABLES: dict[str, Table] = {
                 required("would_select", "boolean", "chosen by the selection before control is withheld"),
                 required("arm", "string", "treat, control, holdout, explore or none"),
                 required("propensity", "double", "probability of the arm, see assignment.propensity"),
+                Column("coupon_id", "string", "coupon chosen or drawn, withheld ones too; null = pooled"),
                 required("reason", "string", "selected, or why not; closed list"),
                 required("conversion_probability", "double", "calibrated probability the choice used"),
                 required("run_id", "string", "run that wrote it"),

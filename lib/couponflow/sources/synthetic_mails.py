@@ -83,14 +83,13 @@ def look_back(world: World, users: Users, own: Rows) -> Past:
 def _targets(world: World, users: Users, start: int, rng: np.random.Generator) -> tuple[Array, Array]:
     """Category members of each user's targets, [users, targets, members], and which targets exist.
 
-    In a world of sets there is one target, the campaign's categories. Otherwise the pool of a user is three
-    long-term interests, the current and a next one, and random ones; while the order-only rule is fresh both
-    of its wanted categories are in front of it. A category stands once.
+    In a world of sets there is one target per campaign of the day, its categories. Otherwise the pool of a
+    user is three long-term interests, the current and a next one, and random ones; while the order-only rule
+    is fresh both of its wanted categories are in front of it. A category stands once.
     """
     if world.dials.campaigns == "sets":
-        (number,) = dict(world.rounds)[start]
-        members = np.array(world.campaigns[number].categories)
-        return np.tile(members, (SHARD_USERS, 1, 1)), np.ones((SHARD_USERS, 1), dtype=bool)
+        members = np.array([world.campaigns[number].categories for number in dict(world.rounds)[start]])
+        return np.tile(members, (SHARD_USERS, 1, 1)), np.ones((SHARD_USERS, len(members)), dtype=bool)
     eve, size = start - 1, world.dials.num_candidates
     current = users.current[:, eve]
     following = world.next_categories(users.previous[:, eve], current)
@@ -183,8 +182,8 @@ def draw_outcomes(world: World, users: Users, past: Past) -> Rows:
         bought = world.midnights[day] + rng.integers(18 * HOUR_SECONDS, 22 * HOUR_SECONDS, exists.shape)
         delivered = world.midnights[start] + 8 * HOUR_SECONDS + rng.integers(0, 1_800, exists.shape)
         user, target = np.nonzero(exists & consents[:, None])
-        campaign = np.array(numbers)[0 if len(numbers) == 1 else members[user, target, 0]]
-        campaign = np.broadcast_to(campaign, len(user))
+        is_set = world.dials.campaigns == "sets"
+        campaign = np.array(numbers)[target if is_set else members[user, target, 0]]
         coupon, item = _choose(world, past, start, user, campaign, rng)
         wanted, unwanted = _ordered(world, users, start)
         category = members[user, target, 0]

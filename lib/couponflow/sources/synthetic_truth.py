@@ -1,4 +1,4 @@
-"""What is true of the synthetic shop, written beside the feeds; no job may read it.
+"""What is true of the synthetic shop, written beside the feeds; no job may read it, a report may at the end.
 
 ``truth/<name>/part-NNNN.jsonl``, one part per group of shards:
 
@@ -20,9 +20,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
+from couponflow.lake import storage
 from couponflow.sources import synthetic_feeds as feeds
 from couponflow.sources.landing import NULL, Array
 from couponflow.sources.synthetic_rows import (
@@ -125,6 +127,18 @@ def candidate_lines(world: World, outcomes: Rows) -> list[str]:
         row |= dict(zip(names, values, strict=True))
         told.append(json.dumps(row | {"tau": row["p1"] - row["p0"]}))
     return told
+
+
+def read_chances(spark: Any, root_uri: str, campaign_ids: Sequence[str]) -> Any:
+    """Users of some campaigns with ``p0`` and ``p1``, as a Spark frame; None where no truth was landed.
+
+    Grain: one row per consenting ``user_id`` and ``campaign_id``, each campaign having one target.
+    """
+    folder = storage.join(root_uri, "truth", "candidates")
+    if not storage.list_names(folder):
+        return None
+    found = spark.read.schema("campaign_id string, user_id string, p0 double, p1 double").json(folder)
+    return found.where(found.campaign_id.isin(*campaign_ids))
 
 
 def first_links(lines: Rows) -> dict[int, tuple[int, int, int]]:

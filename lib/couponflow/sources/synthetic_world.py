@@ -171,18 +171,23 @@ def _draw_campaigns(
     rounds = []
     for number, start in enumerate(range(first, num_days - CAMPAIGN_DAYS + 1, dials.campaign_every_days)):
         if dials.campaigns == "sets":
-            name = str(number + 1)
-            chosen = rng.choice(NUM_CATEGORIES, size=int(rng.integers(2, 4)), replace=False, p=popularity)
-            targets = [(name, tuple(sorted(chosen.tolist())), int(rng.integers(2, 5)))]
+            size = int(rng.integers(2, 4))  # the same for all of a day: their targets are one array
+            targets = []
+            for index in range(len(campaigns), len(campaigns) + dials.campaigns_at_once):
+                chosen = rng.choice(NUM_CATEGORIES, size=size, replace=False, p=popularity)
+                categories = tuple(sorted(chosen.tolist()))
+                targets.append((str(index + 1), index, categories, int(rng.integers(2, 5))))
         else:
-            targets = [(f"{start}-c{category:02d}", (category,), 1) for category in range(NUM_CATEGORIES)]
+            targets = [
+                (f"{start}-c{category:02d}", number, (category,), 1) for category in range(NUM_CATEGORIES)
+            ]
         rounds.append((start, tuple(range(len(campaigns), len(campaigns) + len(targets)))))
-        for name, categories, least in targets:
+        for name, turn, categories, least in targets:
             coupons = tuple(
                 _draw_coupon(rng, f"k{name}-{n + 1}", categories[n % len(categories)])
                 for n in range(max(len(categories), least))
             )
-            campaigns.append(Campaign(name, CAMPAIGN_TYPES[number % 3], start, categories, coupons))
+            campaigns.append(Campaign(name, CAMPAIGN_TYPES[turn % 3], start, categories, coupons))
     return tuple(campaigns), tuple(rounds)
 
 
