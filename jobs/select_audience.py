@@ -2,7 +2,7 @@
 
 from pyspark.sql import SparkSession
 
-from couponflow.campaign import candidates, contact_rules, export, ledger, selection
+from couponflow.campaign import candidates, contact_rules, export, ledger, reach, selection
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
 from couponflow.lake import tables
 
@@ -19,6 +19,7 @@ def run(spark: SparkSession, job: Run) -> None:
     decided = selection.with_decision(found.users, job.campaign, section, allocated).persist()
     try:
         job.facts.update(selection.summarise(decided, decision, found.snapshot, allocated))
+        job.facts["reach"] = reach.summarise(decided, section)
         target = job.config.export.target_uri
         handover = export.Handover(root, target, job.campaign, decision.version, day, job.run_id)
         is_final = export.is_final(handover)

@@ -357,7 +357,7 @@ def test_predictions_of_one_model_and_one_row_per_user(spark: SparkSession) -> N
         ],
     )
     found, version = eligibility.one_prediction_per_user(frame, "1", D0)
-    assert ([tuple(r) for r in found.collect()], version) == ([("u1", 0.5, 0.7)], "m1")
+    assert ([tuple(r) for r in found.collect()], version) == ([("u1", 0.5, 0.7, False)], "m1")
     for campaign, message in (("2", "several models \\(m1, m2\\)"), ("3", "2 rows for 1"), ("4", "no rows")):
         with pytest.raises(DataError, match=message):
             eligibility.one_prediction_per_user(frame, campaign, D0)

@@ -32,6 +32,8 @@ REASONS: dict[str, str] = {
     "recent_purchase": "Bought too recently",
     "no_prediction": "No usable score",
 }
+#: What is known of a user from his prediction.
+_PREDICTED = ("conversion_probability", "score", "is_cold_start")
 #: Snapshots before the newest one whose largest it is measured against: one broken delivery that nobody has
 #: looked into is no measure for the next.
 _NUM_EARLIER = 7
@@ -61,7 +63,7 @@ def user_master(users: DataFrame, run_date: date) -> DataFrame:
     Raises:
         DataError: there is no such snapshot.
     """
-    return _newest_master(users, run_date).select("user_id").distinct()
+    return _newest_master(users, run_date).select("user_id", "attributes").dropDuplicates(["user_id"])
 
 
 def staff_users(
@@ -232,8 +234,9 @@ def with_reason(
     """Join what is known about each user and name why he may not be mailed.
 
     Grain: one row per ``user_id`` of ``users``; every one of them, and no other.
-    Adds: ``conversion_probability`` (null without a usable prediction), the raw ``score`` beside it,
-    ``reason`` (null = eligible). Other columns of ``users`` stay, for conditions on segments.
+    Adds: ``conversion_probability`` (null without a usable prediction), the raw ``score`` and
+    ``is_cold_start`` beside it, ``reason`` (null = eligible). Other columns of ``users`` stay, for
+    conditions on segments and groups of reach.
     Inputs: ``users`` of ``user_master``, ``staff`` of ``staff_users``, ``consent`` of ``consent_status``,
     ``mails`` and ``buyers`` of ``contact_rules``, ``predictions`` with one row per user.
     """
@@ -244,7 +247,7 @@ def with_reason(
         .join(consent.withColumn("has_record", F.lit(True)), "user_id", "left")
         .join(mails, "user_id", "left")
         .join(buyers.select("user_id", F.lit(True).alias("has_bought")), "user_id", "left")
-        .join(predictions.select("user_id", "conversion_probability", "score"), "user_id", "left")
+        .join(predictions.select("user_id", *_PREDICTED), "user_id", "left")
         .withColumn("conversion_probability", F.when(is_usable, probability))
     )
     tests = {"staff": F.col("is_staff"), "no_consent_record": F.col("has_record").isNull()}
@@ -255,8 +258,7 @@ def with_reason(
         "recent_purchase": F.col("has_bought"),
         "no_prediction": F.col("conversion_probability").isNull(),
     }
-    kept = [*users.columns, "conversion_probability", "score"]
-    return joined.select(*kept, _first_of(tests).alias("reason"))
+    return joined.select(*users.columns, *_PREDICTED, _first_of(tests).alias("reason"))
 
 
 def one_prediction_per_user(
@@ -286,7 +288,7 @@ def one_prediction_per_user(
         )
     if rows[0].num_rows != rows[0].num_users:
         raise DataError(f"{where}: {rows[0].num_rows} rows for {rows[0].num_users} users; run score again")
-    return found.select("user_id", "conversion_probability", "score"), str(rows[0].model_version)
+    return found.select("user_id", *_PREDICTED), str(rows[0].model_version)
 
 
 def _first_of(tests: dict[str, Column]) -> Column:
