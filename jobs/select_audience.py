@@ -2,7 +2,7 @@
 
 from pyspark.sql import SparkSession
 
-from couponflow.campaign import candidates, contact_rules, export, ledger
+from couponflow.campaign import candidates, contact_rules, export, ledger, reach
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
 from couponflow.lake import tables
 
@@ -15,7 +15,7 @@ def run(spark: SparkSession, job: Run) -> None:
     root, day, section = job.root_uri, job.run_date, job.config.selection
     found = candidates.read(spark, job.config, job.campaign, day)
     with candidates.decided(found) as (rows, facts):
-        job.facts.update(facts)
+        job.facts.update(facts | {"reach": reach.summarise(rows, section)})
         target, decision = job.config.export.target_uri, found.decision
         handover = export.Handover(root, target, job.campaign, decision.version, day, job.run_id)
         job.rows.update(ledger.publish(rows, root, decision, job.run_id, export.is_final(handover)))

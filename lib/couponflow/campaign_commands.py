@@ -92,6 +92,7 @@ def plan(
             ["", "value"],
             plan_rows(found, settings.lake.currency),
         )
+        typer.echo(found["forecast_words"])
         typer.echo(found["words"])
 
 
@@ -167,8 +168,8 @@ def readout(
 
 
 def plan_rows(found: dict[str, Any], currency: str) -> list[list[Any]]:
-    """The lines of a plan, as a person reads them."""
-    from couponflow.campaign import formats
+    """The lines of a plan, as a person reads them; an expected value with its 95 % interval."""
+    from couponflow.campaign import formats, prospects
 
     def money(name: str) -> str:
         return formats.money(found[name], currency)
@@ -186,9 +187,10 @@ def plan_rows(found: dict[str, Any], currency: str) -> list[list[Any]]:
         ["smallest effect, margin in all", money("smallest_margin_total_amount")],
         ["smallest effect, revenue per recipient", money("smallest_revenue_amount")],
         ["effect that pays for the mail, points", points(found["break_even_effect"])],
-        ["expected conversions", formats.number(found["expected_conversions"])],
-        ["expected cost", money("expected_cost_amount")],
-        ["expected profit", money("expected_profit_amount")],
+        *(
+            [label, f"{value} (95 %: {ends})"]
+            for label, value, ends in prospects.forecast_rows(found, currency)
+        ),
     ]
     if found["wanted_effect"] is not None:
         wanted = points(found["wanted_effect"])

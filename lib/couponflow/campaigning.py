@@ -155,6 +155,14 @@ class SelectionConfig(Section):
         description="Attributes of the user master that mark staff and test accounts, as key=value in any "
         "case, such as account=test. events.staff_user_ids are left out as well.",
     )
+    reach_attributes: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Loose] = (
+        Field(
+            default=(),
+            max_length=4,
+            description="Attributes of the user master, such as age, by whose values record and report tell "
+            "whom the campaign reaches. They change nothing of the choice.",
+        )
+    )
     max_sends: int = Field(
         default=3, ge=1, description="Marketing mails allowed per user in the rolling window."
     )
@@ -189,6 +197,13 @@ class SelectionConfig(Section):
         names = [coupon.coupon_id for coupon in self.coupons], [segment.name for segment in self.segments]
         if any(len(set(listed)) < len(listed) for listed in names):
             raise ValueError("each coupon_id and each segment name may stand once")
+        return self
+
+    @model_validator(mode="after")
+    def _reach_is_told_once(self) -> "SelectionConfig":
+        names = ("history", *self.reach_attributes)
+        if len(set(names)) < len(names):
+            raise ValueError("reach_attributes: each may stand once, and history is always told")
         return self
 
 

@@ -360,9 +360,9 @@ def test_predictions_of_one_model_and_one_row_per_user(spark: SparkSession) -> N
         ],
     )
     found, version = eligibility.one_prediction_per_user(frame, "1", D0)
-    assert ([tuple(r) for r in found.collect()], version) == ([("u1", 0.5, 0.7, {"1": 0.5})], "m1")
+    assert ([tuple(r) for r in found.collect()], version) == ([("u1", 0.5, 0.7, False, {"1": 0.5})], "m1")
     found, _ = eligibility.one_prediction_per_user(frame, "1", D0, ("1", "other"))
-    assert [tuple(r) for r in found.collect()] == [("u1", 0.5, 0.7, {"1": 0.5, "other": 0.25})]
+    assert [tuple(r) for r in found.collect()] == [("u1", 0.5, 0.7, False, {"1": 0.5, "other": 0.25})]
     for target, rows in (("none", 0), ("twice", 2), ("newer", 1)):
         wanted = f"target {target} of selection.coupons has {rows} rows, 1 of model m1 are needed"
         with pytest.raises(DataError, match=wanted):

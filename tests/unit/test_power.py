@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from couponflow.campaign import intervals, planning, power
+from couponflow import campaign_commands
+from couponflow.campaign import formats, intervals, planning, power
 from couponflow.campaign.planning import Base
 from couponflow.campaign.power import Arms
 from couponflow.campaigning import CouponOption, SelectionConfig
@@ -119,6 +120,12 @@ def facts(**over: Any) -> dict[str, Any]:
         "binding_constraint": "budget",
     }
     base |= {"expected_conversions": 450.0, "expected_cost_amount": 630.0, "expected_profit_amount": 1_620.0}
+    base |= {
+        "expected_conversions_interval": [409, 491],
+        "expected_cost_amount_interval": [588.5, 671.5],
+        "expected_profit_amount_interval": None,
+        "forecast_words": "chance alone",
+    }
     return base | over
 
 
@@ -136,6 +143,10 @@ def test_a_plan_names_the_smallest_effect_and_what_a_wanted_one_needs() -> None:
     assert found["wanted_effect_power"] == power.rate_power(0.01, 0.05, Arms(9_000, 1_000))
     assert found["wanted_effect_users"] == power.users_for_rate(0.01, 0.05, 0.1)
     assert found["expected_profit_amount"] == 1_620.0
+    shown = dict(campaign_commands.plan_rows(found, "USD"))
+    assert shown["expected conversions"] == "450 (95 %: 409 to 491)"
+    assert shown["expected cost"] == "USD\u00a0630.00 (95 %: USD\u00a0588.50 to USD\u00a0671.50)"
+    assert shown["expected profit"] == f"USD\u00a01,620.00 (95 %: {formats.DASH})"
     assert "2.07 points or more is shown in 4 of 5" in found["words"]
 
 

@@ -107,7 +107,35 @@ def make_selection(**changes: Any) -> dict[str, Any]:
         "mailed_users": 412,
         "consent_source": "constructed",
         "consent_snapshot_date": "2017-10-30",
+        "expected_conversions_interval": [81, 117],
+        "expected_cost_amount_interval": [101.44, 138.04],
+        "expected_profit_amount_interval": [221.3, 332.36],
+        "forecast_words": "The 95 % intervals cover chance alone.",
+        "reach": make_reach(),
     } | changes
+
+
+def make_reach(**changes: Any) -> dict[str, Any]:
+    """Two ages and the rest, then history: groups as the selection records them."""
+    columns = ("attribute", "group", "eligible_users", "selected_users", "mailed_users", "ratio")
+    rows = [
+        ("age", "unknown", 1408, 280, 240, 0.83),
+        ("age", "45-54", 560, 190, 161, 1.41),
+        ("age", "smaller groups", 40, 12, 11, 1.25),
+        ("history", "with events", 1971, 482, 412, 1.02),
+        ("history", "cold start", 37, 0, 0, 0.0),
+    ]
+    groups = [
+        dict(zip(columns, row, strict=True))
+        | {
+            "selected_share": row[3] / row[2],
+            "mean_probability": 0.11,
+            "ratio_interval": [max(0.0, row[5] - 0.1), row[5] + 0.1],
+        }
+        for row in rows
+    ]
+    whole = {"eligible_users": 2008, "selected_users": 482, "mailed_users": 412, "selected_share": 0.24}
+    return whole | {"groups": groups} | changes
 
 
 def make_histogram() -> dict[str, Any]:
@@ -675,12 +703,45 @@ def test_the_page_is_well_formed_and_its_links_and_labels_exist() -> None:
             assert set(value.split()) <= set(ids)
 
 
+def test_the_forecast_carries_its_intervals_and_what_they_do_not_cover() -> None:
+    text = _Page(report.render(make_inputs())).text
+    assert "95% interval 81 to 117" in text
+    assert "95% interval USD 101.44 to USD 138.04" in text
+    assert "95% interval USD 221.30 to USD 332.36" in text
+    assert "The 95 % intervals cover chance alone." in text
+    assert "do not hold that error: they take every probability as true" in text
+    bare = make_selection(expected_profit_amount_interval=None)
+    text = _Page(report.render(make_inputs(selection=bare))).text
+    assert "USD 276.83 a forecast, after mail and coupon cost The 95 % intervals" in text
+
+
+def test_whom_it_reaches_is_told_by_group_with_a_picture() -> None:
+    page = _Page(report.render(make_inputs()))
+    assert page.errors == []
+    text = page.text
+    assert "against all 2,008 eligible users, of whom 24.0% are selected" in text
+    assert "By age" in text
+    assert "45-54 560 190 161 33.9% 11.0% ! 1.41 1.31 to 1.51" in text
+    assert "cold start 37 0 0 0.0% 11.0% ! 0.00 0.00 to 0.10" in text
+    assert "with events 1,971 482 412 24.5% 11.0% 1.02 0.92 to 1.12" in text
+    titles = [value for tag, name, value in page.attributes if name == "id" and value.startswith("reach-")]
+    assert titles == ["reach-title", "reach-0-title", "reach-0-text", "reach-1-title", "reach-1-text"]
+    few = make_selection(reach=make_reach(groups=[]))
+    assert "Fewer than 30 users are eligible" in _Page(report.render(make_inputs(selection=few))).text
+    other = make_selection(selected_users=481)
+    assert (
+        "counts 482 selected users, the selection 481"
+        in _Page(report.render(make_inputs(selection=other))).text
+    )
+
+
 def test_missing_parts_become_notices() -> None:
     page = _Page(report.render(ReportInputs()))
     assert page.errors == []
     for notice in (
         "No audience has been selected",
         "No waterfall yet",
+        "Not recorded yet: the select_audience stage tells",
         "No scores yet",
         "No evaluation yet",
         "No row counts were recorded",

@@ -79,6 +79,12 @@ def find_problems(
             f"The list was selected from the scores of {selection['model_version']}, "
             f"the scores shown are from {score['model_version']}."
         )
+    reached = (selection.get("reach") or {}).get("selected_users")
+    told = selection.get("selected_users")
+    if reached is not None and told is not None and reached != told:
+        problems.append(
+            f"“Whom it reaches” counts {number(reached)} selected users, the selection {number(told)}."
+        )
     decided, handed_over = selection.get("version"), export.get("version")
     if decided and handed_over and decided != handed_over:
         problems.append(f"The exported list is version {handed_over}, the selection shown is {decided}.")

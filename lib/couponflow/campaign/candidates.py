@@ -11,15 +11,17 @@ from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
 
-from couponflow.campaign import contact_rules, eligibility, selection
-from couponflow.config import Config
+from couponflow.campaign import contact_rules, eligibility, reach, selection
+from couponflow.config import Config, fingerprint_of
 from couponflow.dates import DateRange
 from couponflow.lake import tables
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """``users`` as ``eligibility.with_reason`` gives them, what is to be decided, and by which consent."""
+    """``users`` as ``eligibility.with_reason`` gives them, in the groups of ``reach``, what is to be decided,
+    and by which consent.
+    """
 
     users: DataFrame
     decision: selection.Decision
@@ -31,7 +33,8 @@ def read(spark: SparkSession, config: Config, campaign_id: str, day: date) -> Ca
 
     Raises:
         ConfigError: nothing is sent on that day, or the key of the staff's pseudonyms is missing.
-        DataError: predictions, master, consent or orders are missing, stale or too small.
+        DataError: predictions, master, consent or orders are missing, stale or too small, or nobody has an
+            attribute whose reach is asked for.
     """
     root, section = config.lake.root_uri, config.selection
     contact_rules.check_quiet_day(day, section.quiet_days)
@@ -39,17 +42,24 @@ def read(spark: SparkSession, config: Config, campaign_id: str, day: date) -> Ca
     predictions, model_version = eligibility.one_prediction_per_user(
         scores, campaign_id, day, section.targets(campaign_id)
     )
-    rules = config.fingerprint("selection", "events.staff_user_ids")
-    decision = selection.Decision.of(campaign_id, day, model_version, section, rules)
+    decision = selection.Decision.of(campaign_id, day, model_version, section, _rules(config))
     snapshots = tables.read(spark, root, "users")
     users = eligibility.user_master(snapshots, day)
+    reach.check_attributes(users, section)
     staff = eligibility.staff_users(snapshots, day, section, eligibility.staff_ids(config.events))
     consent, snapshot = eligibility.consent_status(tables.read(spark, root, "consents"), users, day, section)
     orders = tables.read_or_empty(spark, root, "orders")
     buyers = contact_rules.recent_buyers(orders, day, config.lake.time_zone, section)
     around = mails(spark, config, campaign_id, day)
     reasoned = eligibility.with_reason(users, staff, consent, around, buyers, predictions, section)
-    return Candidates(reasoned, decision, snapshot)
+    return Candidates(reach.with_groups(reasoned, section), decision, snapshot)
+
+
+def _rules(config: Config) -> str:
+    """Fingerprint of what decides. What is only told of the choice makes no other version of it."""
+    tree = config.model_dump(mode="json")
+    del tree["selection"]["reach_attributes"]
+    return fingerprint_of(tree, "selection", "events.staff_user_ids")
 
 
 @contextmanager

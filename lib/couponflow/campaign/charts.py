@@ -68,10 +68,15 @@ def forest(
     whiskers: Sequence[Whisker],
     *,
     signed: bool = False,
+    axis: float | None = None,
 ) -> str:
-    """Dot-and-whisker chart, one line per estimate, on a common axis; ``signed`` adds a zero line."""
+    """Dot-and-whisker chart, one line per estimate, on a common axis.
+
+    A line stands at ``axis``; ``signed`` values have it at 0.
+    """
+    axis = 0.0 if signed else axis
     values = [v for w in whiskers for v in (w.value, w.lower, w.upper)]
-    values += [0.0] if signed else []
+    values += [] if axis is None else [axis]
     values += [end for w in whiskers for end in (-w.band, w.band) if w.band]
     low, high = min(values), max(values)
     pad = (high - low) * 0.07 or 0.01
@@ -94,8 +99,8 @@ def forest(
         body.append(_line(x(mark), top, x(mark), floor, "grid"))
         label = f"{mark:+.{places}f}" if signed and mark else f"{mark:.{places}f}"
         body.append(_text(x(mark), floor + 18, label.replace("-", MINUS), "tick", "middle"))
-    if signed:
-        body.append(_line(x(0), top, x(0), floor, "axis"))
+    if axis is not None:
+        body.append(_line(x(axis), top, x(axis), floor, "axis"))
     for index, item in enumerate(whiskers):
         y = top + index * row_height
         form = "{:+.3f}" if signed else "{:.3f}"

@@ -32,6 +32,8 @@ REASONS: dict[str, str] = {
     "recent_purchase": "Bought too recently",
     "no_prediction": "No usable score",
 }
+#: What is known of a user from his prediction.
+_PREDICTED = ("conversion_probability", "score", "is_cold_start")
 #: Snapshots before the newest one whose largest it is measured against: one broken delivery that nobody has
 #: looked into is no measure for the next.
 _NUM_EARLIER = 7
@@ -232,8 +234,9 @@ def with_reason(
     """Join what is known about each user and name why he may not be mailed.
 
     Grain: one row per ``user_id`` of ``users``; every one of them, and no other.
-    Adds: ``conversion_probability`` (null without a usable prediction), the raw ``score`` beside it,
-    ``reason`` (null = eligible). Other columns of ``users`` and ``predictions`` stay.
+    Adds: ``conversion_probability`` (null without a usable prediction), the raw ``score`` and
+    ``is_cold_start`` beside it, ``reason`` (null = eligible). Other columns of ``users`` and
+    ``predictions`` stay, for conditions on segments and groups of reach.
     Inputs: ``users`` of ``user_master``, ``staff`` of ``staff_users``, ``consent`` of ``consent_status``,
     ``mails`` and ``buyers`` of ``contact_rules``, ``predictions`` with one row per user.
     """
@@ -289,7 +292,7 @@ def one_prediction_per_user(
         )
     if rows[0].num_rows != rows[0].num_users:
         raise DataError(f"{where}: {rows[0].num_rows} rows for {rows[0].num_users} users; run score again")
-    own = found.select("user_id", "conversion_probability", "score")
+    own = found.select("user_id", *_PREDICTED)
     if set(targets) - {campaign_id}:
         rows_of = of_campaign.where(F.col("target_id").isin(*targets))
         own = own.join(_by_target(rows_of, targets, rows[0], where), "user_id", "left")

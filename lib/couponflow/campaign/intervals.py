@@ -76,6 +76,46 @@ def share_difference(hits: int, users: int, other_hits: int, other_users: int) -
     )
 
 
+def share_ratio(hits: int, users: int, other_hits: int, other_users: int) -> Interval:
+    """Interval of the first share over the second, from their Wilson intervals (Donner and Zou 2012).
+
+    It needs no correction at few hits: 0 of the first gives a lower end of 0, 0 of the second an infinite
+    upper one. The lower end is multiplied out, so that it is no difference of nearly equal numbers.
+    """
+    if min(users, other_users) <= 0 or hits + other_hits <= 0:
+        return NONE
+    share, other = hits / users, other_hits / other_users
+    (low, high), (other_low, other_high) = wilson(hits, users), wilson(other_hits, other_users)
+    product, lower, upper = share * other, 0.0, math.inf
+    if hits:
+        part = low * (2 * share - low)
+        root = math.sqrt(max(0.0, product**2 - part * other_high * (2 * other - other_high)))
+        lower = part / (product + root)
+    if other_hits:
+        part = other_low * (2 * other - other_low)
+        root = math.sqrt(max(0.0, product**2 - part * high * (2 * share - high)))
+        upper = (product + root) / part
+    return lower, upper
+
+
+def ratio_to_whole(hits: int, users: int, all_hits: int, all_users: int) -> tuple[float, Interval]:
+    """Share of a group over the share of the whole that it is a part of, with its interval.
+
+    For a part w of all users and the ratio r to the rest it is r / (w r + 1 - w), which grows with r: the
+    interval is that of ``share_ratio`` against the rest, mapped. It ends at 1 / w, where the rest has no hit.
+    """
+    if users <= 0 or all_hits <= 0:
+        return NAN, NONE
+    ratio, part = hits / users / (all_hits / all_users), users / all_users
+    if users == all_users:
+        return 1.0, (1.0, 1.0)
+    low, high = share_ratio(hits, users, all_hits - hits, all_users - users)
+    return ratio, (
+        low / (part * low + 1.0 - part),
+        1.0 / part if math.isinf(high) else high / (part * high + 1.0 - part),
+    )
+
+
 def mean_difference(difference: float, squared_errors: Interval, sizes: tuple[int, int]) -> Interval:
     """Welch's interval of a difference of means with the squared standard error of each group's mean."""
     first, second = squared_errors

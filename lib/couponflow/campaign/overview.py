@@ -12,7 +12,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from couponflow import campaign_file
-from couponflow.campaign import charts, formats, hindsight, report, settled
+from couponflow.campaign import charts, formats, hindsight, prospects, report, settled
 from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.lake import contracts, runs, storage, tables
@@ -138,7 +138,7 @@ def write_reports(
 
 
 def show_results(config: Config, records: Records, show: Show) -> None:
-    """Print the funnel, the waterfall, the models with their intervals, and the conservation of rows.
+    """Print the funnel, the waterfall, the forecast and whom it reaches, the models, and the rows' balance.
 
     What no stage has recorded is left out; a number that does not exist, such as an AUC of one class, is a
     dash.
@@ -154,6 +154,7 @@ def show_results(config: Config, records: Records, show: Show) -> None:
                 [[step["label"], step["excluded"], step["remaining"]] for step in steps],
             )
     evaluation = read_evaluation(facts.get("evaluate", {}))
+    prospects.show_all(facts, config.lake.currency, show)
     if evaluation:
         show(
             "Models on the test campaigns (95 % intervals, clustered by user)",

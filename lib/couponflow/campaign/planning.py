@@ -31,8 +31,12 @@ _FACTS = (
     "holdout_users",
     "binding_constraint",
     "expected_conversions",
+    "expected_conversions_interval",
     "expected_cost_amount",
+    "expected_cost_amount_interval",
     "expected_profit_amount",
+    "expected_profit_amount_interval",
+    "forecast_words",
 )
 
 

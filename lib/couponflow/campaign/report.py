@@ -11,7 +11,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from couponflow.campaign import agreement, charts, formats, modelcard
+from couponflow.campaign import agreement, charts, formats, modelcard, prospects
 from couponflow.lake import storage
 
 if TYPE_CHECKING:
@@ -156,6 +156,10 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "num_skipped": sum(bool(stage.get("skipped")) for stage in inputs.stages),
         "charts": {name: Markup(svg) for name, svg in made.items()},  # charts escape every text they show
         "histogram": bars,
+        "forecast": prospects.forecast_context(inputs.selection, inputs.currency),
+        "reach": [
+            part | {"chart": Markup(part["chart"])} for part in prospects.reach_context(inputs.selection)
+        ],
         "effects": _effects(inputs),
         "actual": inputs.readout.get("expected_actual") or {},
         "segments": modelcard.segments(used),

@@ -16,7 +16,7 @@ from typing import Any
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from couponflow.campaign import allocation, assignment, eligibility, exploration, options
+from couponflow.campaign import allocation, assignment, eligibility, exploration, forecasting, options
 from couponflow.campaign.options import MICRO, micro
 from couponflow.campaigning import SelectionConfig
 from couponflow.errors import DataError
@@ -237,7 +237,8 @@ def summarise(
     snapshot: eligibility.Snapshot,
     allocated: allocation.Allocation | None = None,
 ) -> dict[str, Any]:
-    """The facts of a selection: waterfall, forecast of the mailed users, binding constraint, shadow price.
+    """The facts of a selection: waterfall, forecast of the mailed users with intervals, binding constraint,
+    shadow price.
 
     With an allocation also ``shadow_prices`` of all limits, ``dual_bound`` (in the unit of the objective: the
     currency, or conversions) and ``gap_share``, the share of it that was not reached.
@@ -254,6 +255,7 @@ def summarise(
         F.min(F.when(F.col("rank").isNotNull(), F.struct("rank", "value_micro", "cost_micro"))).alias(
             "first"
         ),
+        *forecasting.spread_columns(section),
     )
     rows = {str(row.reason): row for row in sums.collect()}
     counts = {reason: int(row.num_users) for reason, row in rows.items()}
@@ -294,6 +296,7 @@ def summarise(
         "srm_p_value": p_value,
         "consent_source": snapshot.source,
         "consent_snapshot_date": snapshot.snapshot_date.isoformat(),
+        **forecasting.intervals_of([row.asDict() for row in mailed], section),
     } | ({} if allocated is None else _solution_facts(section, allocated))
 
 
