@@ -1,7 +1,9 @@
 """The Spark score equals the direct one, the bundle is loaded once per worker, bad scores are held back."""
 
+import io
 import os
 import shutil
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -234,6 +236,28 @@ def test_a_bundle_is_checked_and_kept(bundle: Bundle, folder: Path, tmp_path: Pa
     assert shipping.open_bundle(archive, digest) is opened
     with pytest.raises(ConfigError, match="differs from what the driver has sent"):
         shipping.open_bundle(archive, "0" * 64)
+
+
+def test_an_archive_gives_back_its_files_and_nothing_outside(tmp_path: Path) -> None:
+    source, place = tmp_path / "source", tmp_path / "place"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "one.bin").write_bytes(b"1")
+    (source / "two.json").write_bytes(b"{}")
+    place.mkdir()
+    shipping.unpack(shipping.pack_folder(source), place)
+    assert {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()} == {
+        "deep/one.bin": b"1",
+        "two.json": b"{}",
+    }
+    link = tarfile.TarInfo("link")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    for member in (tarfile.TarInfo("../out"), tarfile.TarInfo(str(tmp_path / "out")), link):
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w") as archive:
+            archive.addfile(member, io.BytesIO(b""))
+        with pytest.raises(ConfigError, match="is no file of a bundle"):
+            shipping.unpack(stream.getvalue(), place)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_udf_gives_the_scores_of_the_job(spark: SparkSession, bundle: Bundle, folder: Path) -> None:

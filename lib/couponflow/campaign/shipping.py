@@ -82,6 +82,24 @@ def pack_folder(folder: Path) -> bytes:
     return stream.getvalue()
 
 
+def unpack(content: bytes, folder: Path) -> None:
+    """Write the files of ``pack_folder`` below a folder.
+
+    By hand: the extraction filters of ``tarfile`` are missing in Python 3.11.2, that of Debian 12.
+
+    Raises:
+        ConfigError: a member is no file, or would lie outside the folder.
+    """
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        for member in archive:
+            path = folder / member.name
+            file = archive.extractfile(member) if member.isfile() else None
+            if file is None or not path.resolve().is_relative_to(folder.resolve()):
+                raise ConfigError(f"bundle archive: {member.name} is no file of a bundle; train it again")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file.read())
+
+
 def open_bundle(path: Path, sha256: str) -> "Bundle":
     """Load a packed bundle, once per process; torch is set to one thread.
 
@@ -101,8 +119,7 @@ def open_bundle(path: Path, sha256: str) -> "Bundle":
     if storage.sha256(content) != sha256:
         raise ConfigError(f"{path.name} differs from what the driver has sent; run again")
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            archive.extractall(folder, filter="data")
+        unpack(content, Path(folder))
         bundle = load_bundle(Path(folder))
     _loaded.clear()
     _loaded[sha256] = bundle
