@@ -63,6 +63,10 @@ fmt: install ## rewrite formatting
 golden: install ## rewrite the expected files in tests/golden; review them as a diff
 	COUPONFLOW_GOLDEN=1 $(PYTHON) -m pytest -q tests/unit -k golden
 
+.PHONY: picture
+picture: install ## the picture of the README, from the report of make run; fails where that has a fault
+	$(PYTHON) tests/page_audit.py var/lake/reports/campaign-18.html .github/report.png
+
 .PHONY: bench
 bench: install $(if $(ONLY),$(if $(filter peers dien_%,$(ONLY)),bench-peers),bench-peers) ## measure every speed claim (ONLY=file or claim), write bench/results.json
 	$(PYTHON) -m bench.run $(ONLY)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from builders import test_config
+from chromium import MISSING, Chromium, find_program
 
 from couponflow.config import Config
 
@@ -29,6 +30,16 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     session.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
     yield session
     session.stop()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    """One headless browser for the tests of a module, which are skipped where none is installed."""
+    program = find_program()
+    if program is None:
+        pytest.skip(MISSING)
+    with Chromium(program, tmp_path_factory.mktemp("browser")) as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import Chromium
+from page_audit import WIDTHS, look_at, png_size
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 from typer.testing import CliRunner
@@ -182,6 +184,15 @@ def test_the_report_is_self_contained(world: World) -> None:
     assert f"{selection['mailed_users']:,}" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_report_is_sound_in_a_browser(world: World, browser: Chromium, width: int) -> None:
+    file = Path(overview.write_report(world.config, world.records(), set(), world.spark))
+    look = look_at(browser, file, width)
+    look.keep(f"whole-job-{width}")
+    assert look.faults == []
+    assert {png_size(picture)[0] for picture in look.pictures} == {width}
 
 
 def test_a_rerun_changes_no_content(world: World) -> None:

@@ -593,7 +593,7 @@ def test_attention_is_drawn_as_shares_with_what_each_relation_weighs() -> None:
     text = _Page(html).text
     assert "What DIEN looks at" in text
     assert "among the 266 test sends that converted, from 40 to 1 days before the mail" in text
-    assert "an item of the coupons: 1% on 1 events a category of the coupons: 60% on 20 events" in text
+    assert "an item of the coupons: 1% on 1 event a category of the coupons: 60% on 20 events" in text
     assert "nothing of the coupons: 39% on 39 events" in text
     drawn = html.partition('aria-labelledby="attention-title')[2].partition("</svg>")[0]
     assert [drawn.count(f'<rect class="{colour}"') for colour in ("c1", "c2", "c3", "rest")] == [20, 1, 0, 39]
@@ -812,6 +812,31 @@ def test_write_publishes_once_per_run_and_replaces_a_named_file(tmp_path: Path) 
 )
 def test_ticks_are_round_and_inside(lower: float, upper: float, expected: list[float]) -> None:
     assert charts.ticks(lower, upper) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("tallest", "name", "highest"),
+    [
+        (700, "Users", "600"),
+        (9_500, "Users", "8,000"),
+        (9_999, "Users, thousands", "10"),
+        (9_500_000, "Users, thousands", "8,000"),
+        (9_999_999, "Users, millions", "10"),
+        (40_000_000, "Users, millions", "40"),
+    ],
+)
+def test_an_axis_of_users_counts_in_units_that_fit_beside_it(tallest: int, name: str, highest: str) -> None:
+    drawn = charts.histogram("h", "Users", "", [0, 0.5, 1], [tallest, 1], [1, 0])
+    marks = re.findall(r'class="tick"[^>]*end">([^<]*)<', drawn)
+    assert [f">{name}<" in drawn, marks[-2]] == [True, highest]  # the last is the 100% of the other axis
+    assert max(map(len, marks)) <= 5
+
+
+def test_a_name_too_long_for_its_line_is_cut_and_whole_in_the_description() -> None:
+    name = "a network with a name that no phone has room for"
+    drawn = charts.forest("f", "AUC", name, [charts.Whisker(name, 0.8, 0.7, 0.9, "c1")])
+    assert f">{name[: charts.LONGEST_NAME - 1]}…<" in drawn
+    assert f">{name}</desc>" in drawn
 
 
 def test_wilson_interval_equals_published_values() -> None:

@@ -13,7 +13,11 @@ from typing import Any, TypeGuard
 
 MINUS = "\u2212"  # typographic minus, as wide as a plus
 WIDTH, HEIGHT = 460, 320
-LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 48
+LEFT, RIGHT, TOP, BOTTOM = 68, 16, 14, 48
+LONGEST_NAME = 36  # letters beside a value and its interval on a phone, where text is larger
+
+# From this height of an axis on: what it counts in, and its name; no number on it has more than five letters.
+UNITS = ((1e7, 1e6, "Users, millions"), (1e4, 1e3, "Users, thousands"), (0, 1, "Users"))
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def forest(
         form = "{:+.3f}" if signed else "{:.3f}"
         shown = [form.format(v).replace("-", MINUS) for v in (item.value, item.lower, item.upper)]
         weight = " strong" if item.is_strong else ""
-        body.append(_text(14, y + 17, item.name, f"label{weight}", "start"))
+        body.append(_text(14, y + 17, _short(item.name), f"label{weight}", "start"))
         body.append(
             _text(WIDTH - 14, y + 17, f"{shown[0]}  [{shown[1]}, {shown[2]}]", f"label{weight}", "end")
         )
@@ -184,8 +188,11 @@ def histogram(
     chosen: Sequence[float],
 ) -> str:
     """Bars of users per probability bin; the chosen part stands solid at the bottom of each bar."""
-    frame = _Frame(edges[0], edges[-1], 0, max([*counts, 1]) * 1.05)
-    body = frame.grid("{:.0%}", "{:,.0f}", "Conversion probability if mailed", "Users")
+    top = max([*counts, 1]) * 1.05
+    unit, name = next((unit, name) for least, unit, name in UNITS if top >= least)
+    counts, chosen = [count / unit for count in counts], [count / unit for count in chosen]
+    frame = _Frame(edges[0], edges[-1], 0, top / unit)
+    body = frame.grid("{:.0%}", "{:,g}", "Conversion probability if mailed", name)
     for left, right, count, part in zip(edges[:-1], edges[1:], counts, chosen, strict=True):
         x, width = frame.x(left) + 0.6, max(frame.x(right) - frame.x(left) - 1.2, 0.8)
         if count > part:
@@ -317,14 +324,15 @@ class _Frame:
             body.append(_text(LEFT - 7, self.y(mark) + 4, y_format.format(mark), "tick", "end"))
         for mark in ticks(*self.x_range):
             body.append(_line(self.x(mark), floor, self.x(mark), floor + 4, "axis"))
-            anchor = "end" if mark == self.x_range[1] else "middle"
-            shift = RIGHT if anchor == "end" else 0
-            body.append(_text(self.x(mark) + shift, floor + 18, x_format.format(mark), "tick", anchor))
+            shown = x_format.format(mark)
+            is_beyond = mark == self.x_range[1] and len(shown) > 3  # half of it would not fit on the right
+            place, anchor = (WIDTH, "end") if is_beyond else (self.x(mark), "middle")
+            body.append(_text(place, floor + 18, shown, "tick", anchor))
         body.append(_line(LEFT, floor, WIDTH - RIGHT, floor, "axis"))
         body.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "name", "middle"))
         middle = (TOP + floor) / 2
         body.append(
-            f'<text class="name" text-anchor="middle" transform="translate(13 {_n(middle)}) rotate(-90)">'
+            f'<text class="name" text-anchor="middle" transform="translate(15 {_n(middle)}) rotate(-90)">'
             f"{escape(y_label)}</text>"
         )
         return body
@@ -341,6 +349,10 @@ def _svg(ident: str, title: str, text: str, body: Sequence[str], height: float =
 
 def _positive(value: Any) -> float:
     return float(value) if is_number(value) and value > 0 else 0.0
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1].rstrip()}…"
 
 
 def _n(value: float) -> str:

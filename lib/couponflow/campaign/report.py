@@ -158,6 +158,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "backtest": modelcard.backtest(inputs.evaluation),
         "learning": learning,
         "attention": attention,
+        "training_legend": [(curve.name, curve.colour, curve.dash) for curve in losses],
         "learning_legend": [(curve.name, curve.colour, curve.dash) for curve in learning["series"]],
         "gain_rows": modelcard.gain_rows(used),
         "gain_legend": [(m["label"], m["colour"], m["dash"]) for m in models if m["gain_curve"]],
