@@ -1,6 +1,7 @@
-"""The command that checks without changing anything: the feeds' contract, and leaks of the future."""
+"""The command that checks without changing anything: contract of feeds, leaks of the future, deploy specs."""
 
 import json
+from dataclasses import asdict
 from datetime import date
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from couponflow.config import Config, load_config
 from couponflow.dates import parse_day
 from couponflow.entry import ConfigPath, Overrides
 from couponflow.errors import ConfigError
-from couponflow.lake import contracts
+from couponflow.lake import contracts, runs
 
 
 def check(
@@ -29,20 +30,31 @@ def check(
     sample: Annotated[int, typer.Option("--sample", help="Users that --leaks looks at.")] = 200,
     seed: Annotated[int, typer.Option("--seed", help="Which users --leaks looks at.")] = 0,
     campaign: Annotated[str, typer.Option("--campaign", help="Campaign of --leaks; default run's.")] = "",
+    deploy: Annotated[
+        str,
+        typer.Option(
+            "--deploy",
+            metavar="ENV",
+            help="Check every spec of deploy/ for an environment, such as dev, or for a TOML file.",
+        ),
+    ] = "",
     config: ConfigPath = DEFAULT_CONFIG,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the data contract of the raw feeds, or show on this lake that no feature leaks.
+    """Print the data contract of the raw feeds, show that no feature leaks, or check the specs for Dataproc.
 
     --contract: columns with examples, reasons of refusal, drift rules. --leaks ends with 3 where a feature
-    changed, or where nothing could be seen to change. Writes nothing.
+    changed, or where nothing could be seen to change. --deploy: a verdict and an estimated price per spec;
+    ends with 2 where one is wrong, and lists all that is. Writes nothing, asks no service.
 
     Example: couponflow check --leaks --as-of 2017-10-30 --sample 200
+
+    Example: couponflow check --deploy dev
     """
     with errors_as_exit_codes():
-        if not contract and not leaks:
-            raise ConfigError("nothing to check; give --contract or --leaks")
+        if not contract and not leaks and not deploy:
+            raise ConfigError("nothing to check; give --contract, --leaks or --deploy ENV")
         if contract:
             _show_contracts(feed, as_json)
         if leaks:
@@ -51,6 +63,8 @@ def check(
             _check_leaks(
                 load_config(config, tuple(overrides or ())), parse_day(as_of), sample, campaign, seed
             )
+        if deploy:
+            _check_deploy(deploy, as_json)
 
 
 def _show_contracts(feed: str, as_json: bool) -> None:
@@ -95,3 +109,37 @@ def _check_leaks(settings: Config, day: date, sample: int, campaign: str, seed: 
         [[f.group, f.verdict, f.rows, f.leaked, f.moved, f.first_user] for f in found],
     )
     leaks.check(found, day)
+
+
+def _check_deploy(name: str, as_json: bool) -> None:
+    from couponflow.cloud import specs
+
+    environment = specs.load_environment(name)
+    verdicts = specs.check(environment, runs.code_version())
+    prices = environment.cloud.prices
+    if as_json:
+        about = {"source_url": prices.source_url, "read_date": prices.read_date, "currency": prices.currency}
+        shown = {"environment": environment.cloud.environment, "prices": about}
+        console.show_json({**shown, "specs": [asdict(verdict) for verdict in verdicts]})
+    else:
+        title = f"Specs of environment {environment.cloud.environment}"
+        columns = ["file", "verdict", f"{prices.currency} an hour", "a run at most"]
+        console.show_rows(title, columns, [_verdict_row(verdict) for verdict in verdicts])
+        typer.echo(f"estimated with list prices of {prices.read_date}, {prices.source_url}")
+    findings = [finding for verdict in verdicts for finding in verdict.findings]
+    if not as_json:
+        for finding in findings:
+            typer.echo(str(finding))
+    if findings:
+        name = environment.cloud.environment
+        raise ConfigError(
+            f"environment {name}: {len(findings)} findings in its specs; correct them before a submission"
+        )
+
+
+def _verdict_row(verdict: Any) -> list[str]:
+    price, amount = verdict.price, verdict.run_amount
+    least, most = (f"{price.least:.2f}", f"{price.most:.2f}") if price else ("", "")
+    hourly = least if least == most else f"{least} to {most}"
+    found = f"{len(verdict.findings)} findings" if verdict.findings else "valid"
+    return [verdict.file, found, hourly, f"{amount:.2f}" if amount is not None else ""]

@@ -11,11 +11,13 @@ import tomllib
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
 from couponflow.campaigning import ExportConfig, ScoringConfig, SelectionConfig
+from couponflow.clouding import CloudConfig
 from couponflow.errors import ConfigError
 from couponflow.mappings import FeedsConfig
 from couponflow.modelling import BoostingConfig, CalibrationConfig, ModelConfig, TrainingConfig
@@ -61,6 +63,7 @@ class Config(Section):
     maintenance: MaintenanceConfig = MaintenanceConfig()
     run: RunConfig = RunConfig()
     spark: SparkConfig = SparkConfig()
+    cloud: CloudConfig | None = None  # of a deployed environment only
 
     def fingerprint(self, *names: str) -> str:
         """Hash the named sections or values only, so that a new learning rate leaves sessions fresh."""
@@ -132,6 +135,8 @@ def explained(problem: Any, where: str, below: tuple[str, ...] = ()) -> str:
         ]
         hint = f"did you mean {near[0]}?" if near else "remove it"
         return f"{where}: unknown config name {name}; {hint}"
+    if problem["type"] == "missing":
+        return f"{where}: {name} is missing; set it"
     return f"{where}: {name} = {problem['input']!r}: {problem['msg']}; correct the value"
 
 
@@ -143,7 +148,8 @@ def _declared(location: Sequence[str]) -> Any:
             continue
         field = getattr(found, "model_fields", {}).get(part)
         found = field.annotation if field else None
-        found = get_args(found)[0] if get_origin(found) is tuple else found
+        # Of a tuple its element, of an optional section the section.
+        found = get_args(found)[0] if get_origin(found) in (tuple, UnionType) else found
     return found
 
 

@@ -18,6 +18,7 @@ LAYERS = {
     "values": 2,
     "sections": 3,
     "campaigning": 3,
+    "clouding": 3,
     "world": 3,
     "mappings": 3,
     "modelling": 3,
@@ -53,6 +54,7 @@ AT_TOP = {
     "values": {"pydantic"},
     "sections": {"pydantic"},
     "campaigning": {"pydantic"},
+    "clouding": {"pydantic"},
     "world": {"pydantic"},
     "mappings": {"pydantic"},
     "modelling": {"pydantic"},
@@ -83,7 +85,8 @@ AT_TOP = {
 #: Packages that only the named modules may import anywhere, inside functions too.
 DOORS = {
     "delta": {"lake.tables"},
-    "google": {"lake.storage", "cloud.bigquery"},
+    "google": {"lake.storage", "cloud.bigquery", "cloud.spec_shape"},
+    "yaml": {"cloud.rendering"},
     "petastorm": {"training.reader"},
     "gcsfs": {"training.reader"},
     "horovod": {"training.launch"},
@@ -110,6 +113,7 @@ HEAVY = {
     "google",
     "gcsfs",
     "py4j",
+    "yaml",
 }
 
 
