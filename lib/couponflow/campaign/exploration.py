@@ -38,7 +38,7 @@ def left_over(users: DataFrame, campaign_id: str, section: SelectionConfig) -> S
         return section
     offers = options.coupons(section)
     place = _drawn_place(campaign_id, section)
-    cost = _of_place(place, [options.cost(coupon, section) for coupon in offers])
+    cost = options.of_place(place, [options.cost(coupon, section) for coupon in offers], F.lit(None))
     eligible = users.where(F.col("reason").isNull())
     inside = [options.condition(eligible, segment) for segment in section.segments]
     sums = [F.count(F.lit(1)).alias("num_users"), F.sum(cost.cast("decimal(38,0)")).alias("cost")]
@@ -100,35 +100,16 @@ def with_drawn_coupon(dealt: DataFrame, campaign_id: str, section: SelectionConf
 
     Grain: one row per ``user_id``, as given; everybody else keeps what he has.
     """
-    is_explored = F.col("arm") == assignment.EXPLORE
-    offers, place = options.coupons(section), _drawn_place(campaign_id, section)
-    ids = [F.lit(coupon.coupon_id if section.coupons else None).cast("string") for coupon in offers]
-    drawn = {
-        "coupon_id": ids,
-        "cost_micro": [options.cost(coupon, section) for coupon in offers],
-        "value_micro": [options.profit(coupon, section) for coupon in offers],
-        "conversion_probability": [options.probability(coupon) for coupon in offers],
-    }
-    return dealt.withColumns(
-        {
-            name: F.when(is_explored, _of_place(place, values)).otherwise(F.col(name))
-            for name, values in drawn.items()
-        }
-    )
+    place = F.when(F.col("arm") == assignment.EXPLORE, _drawn_place(campaign_id, section))
+    names = ("coupon_id", "cost_micro", "value_micro", "conversion_probability")
+    return dealt.withColumns(options.mail_columns(place, section, {name: F.col(name) for name in names}))
 
 
 def _drawn_place(campaign_id: str, section: SelectionConfig) -> Column:
     """``drawn_coupon`` as a Spark expression: equal bit for bit."""
     places = assignment.explored_coupons(section)
     draw = assignment.unit_hash_column(_salt(section, campaign_id), F.col("user_id"))
-    return _of_place(F.floor(draw * len(places)), [F.lit(place) for place in places])
-
-
-def _of_place(place: Column, values: list[Column]) -> Column:
-    found = F.lit(None)
-    for number, value in enumerate(values):
-        found = F.when(place == number, value).otherwise(found)
-    return found
+    return options.of_place(F.floor(draw * len(places)), [F.lit(place) for place in places], F.lit(None))
 
 
 def _salt(section: SelectionConfig, campaign_id: str) -> str:

@@ -51,8 +51,7 @@ def spread_columns(section: SelectionConfig) -> list[Column]:
     p = F.coalesce("conversion_probability", F.lit(0.0))
     variance = options.times(p * (F.lit(1.0) - p), NANO)
     columns = []
-    for place, coupon in enumerate(options.coupons(section)):
-        coupon_id = F.lit(coupon.coupon_id if section.coupons else None).cast("string")
+    for place, coupon_id in enumerate(options.coupon_ids(section)):
         has_coupon = F.col("coupon_id").eqNullSafe(coupon_id)
         columns += [
             F.count_if(has_coupon).alias(f"num_users_{place}"),

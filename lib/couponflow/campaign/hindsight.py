@@ -7,7 +7,7 @@ predictions.
 
 from typing import Any
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from couponflow.campaign import eligibility, options, selection
@@ -69,11 +69,10 @@ def compare(
         .localCheckpoint()
     )
     offers = options.coupons(section)
-    ids: list[Column] = [F.lit(coupon.coupon_id if section.coupons else None) for coupon in offers]
     profits = [options.profit(coupon, section) for coupon in offers]
     is_chosen = F.coalesce("would_select", F.lit(False))
     sums = [F.count(F.lit(1)).alias("num_eligible"), F.count_if(is_chosen).alias("num_chosen")]
-    for place, (coupon_id, profit) in enumerate(zip(ids, profits, strict=True)):
+    for place, (coupon_id, profit) in enumerate(zip(options.coupon_ids(section), profits, strict=True)):
         is_held = is_chosen & F.col("held").eqNullSafe(coupon_id)
         sums += [
             F.count_if(is_held).alias(f"held_{place}"),

@@ -50,6 +50,12 @@ def probability(coupon: CouponOption) -> Column:
     return known if coupon.response_scale == 1.0 else F.least(known * coupon.response_scale, F.lit(1.0))
 
 
+def coupon_ids(section: SelectionConfig) -> list[Column]:
+    """The id of each of the ``coupons`` as tables name it: null for the pooled one."""
+    ids = (coupon.coupon_id if section.coupons else None for coupon in coupons(section))
+    return [F.lit(coupon_id).cast("string") for coupon_id in ids]
+
+
 def margin_amount(coupon: CouponOption, section: SelectionConfig) -> float:
     """Margin of a conversion with this coupon, before its discount."""
     return section.margin_amount if coupon.margin_amount is None else coupon.margin_amount
@@ -74,6 +80,30 @@ def profit(coupon: CouponOption, section: SelectionConfig) -> Column:
         return times(probability(coupon), margin - discount) - mail
     caused = F.coalesce(F.col("uplift"), F.lit(0.0)) * coupon.response_scale
     return times(F.least(caused, F.lit(1.0)), margin) - times(probability(coupon), discount) - mail
+
+
+def of_place(place: Column, values: list[Column], otherwise: Column) -> Column:
+    """The value at a user's place among the coupons; ``otherwise`` where the place is none of theirs."""
+    found = otherwise
+    for number, value in enumerate(values):
+        found = F.when(place == number, value).otherwise(found)
+    return found
+
+
+def mail_columns(place: Column, section: SelectionConfig, otherwise: dict[str, Column]) -> dict[str, Column]:
+    """What a mail with the coupon at a place is: its id, cost and value, and P(conversion given it).
+
+    ``otherwise`` names the columns, ``coupon_id``, ``cost_micro``, ``value_micro`` and
+    ``conversion_probability``, with their values where there is no such coupon.
+    """
+    offers = coupons(section)
+    values = {
+        "coupon_id": coupon_ids(section),
+        "cost_micro": [cost(coupon, section) for coupon in offers],
+        "value_micro": [profit(coupon, section) for coupon in offers],
+        "conversion_probability": [probability(coupon) for coupon in offers],
+    }
+    return {name: of_place(place, values[name], column) for name, column in otherwise.items()}
 
 
 def check_scores(users: DataFrame, section: SelectionConfig) -> None:

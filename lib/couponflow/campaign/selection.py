@@ -171,25 +171,15 @@ def with_allocation(
     chosen coupon. Rank: (value per cost of the chosen option desc, score desc, tie, user_id) among the
     selected; null for everybody else, whose cost and value are null as well.
     """
-    offers = options.coupons(section)
     known = users.join(allocated.choices.withColumnRenamed("reason", "barrier"), "user_id", "left")
-
-    def chosen(values: list[Column], otherwise: Column) -> Column:
-        found = otherwise
-        for place, value in enumerate(values):
-            found = F.when(F.col("option") == place, value).otherwise(found)
-        return found
-
-    null = F.lit(None)
-    ids = [F.lit(coupon.coupon_id if section.coupons else None).cast("string") for coupon in offers]
+    nothing = {
+        "coupon_id": F.lit(None).cast("string"),
+        "cost_micro": F.lit(None).cast("bigint"),
+        "value_micro": F.lit(None).cast("bigint"),
+        "conversion_probability": F.col("conversion_probability"),
+    }
     priced = (
-        known.withColumn("coupon_id", chosen(ids, null.cast("string")))
-        .withColumn("cost_micro", chosen([options.cost(c, section) for c in offers], null.cast("bigint")))
-        .withColumn("value_micro", chosen([options.profit(c, section) for c in offers], null.cast("bigint")))
-        .withColumn(
-            "conversion_probability",
-            chosen([options.probability(c) for c in offers], F.col("conversion_probability")),
-        )
+        known.withColumns(options.mail_columns(F.col("option"), section, nothing))
         .withColumn("tie", assignment.tie_key_column(campaign_id, F.col("user_id")))
         .withColumn("would_select", F.coalesce(F.col("option") >= 0, F.lit(False)))
     )
