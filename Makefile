@@ -10,6 +10,7 @@ UV := .tools/uv/bin/uv
 CONFIG ?= deploy/env/local.toml
 ONLY ?=
 SEED ?= 0
+SCRIPTS := .ci/run $(wildcard deploy/*/*.sh)
 
 # Horovod's isolated build reads the toolchain by absolute path, so it cannot stand in pyproject.toml.
 export CMAKE_TOOLCHAIN_FILE := $(CURDIR)/deploy/build/toolchain.cmake
@@ -48,10 +49,15 @@ soak: install ## 30 days backfilled in random order, killed twice, against one c
 	COUPONFLOW_SOAK_SEED=$(SEED) $(PYTHON) -m pytest -q -s -m nightly tests/e2e/test_backfill.py -k test_soak
 
 .PHONY: check
-check: install ## ruff, mypy strict and the import rules
+check: install ## ruff, mypy strict, the import rules; linters of workflows, YAML and shell scripts
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/mypy lib jobs bench deploy/build
+	.venv/bin/mypy lib jobs bench deploy/build deploy/image
+	.venv/bin/yamllint --strict deploy .github .yamllint
+	.venv/bin/actionlint
+	.venv/bin/zizmor --offline --quiet .github/workflows
+	.venv/bin/shellcheck $(SCRIPTS)
+	.venv/bin/shfmt -i 2 -d $(SCRIPTS)
 	$(PYTHON) -m pytest -q tests/unit/test_import_rules.py tests/unit/test_repository.py
 
 .PHONY: fmt
@@ -81,6 +87,10 @@ bench-peers: .stamps/peers ## the environment in which bench/peers.py runs publi
 .PHONY: wheel
 wheel: install ## the package and the jobs as one wheel, in dist/
 	$(UV) build --wheel --offline --no-build-isolation --out-dir dist 2>/dev/null || $(UV) build --wheel --out-dir dist
+
+.PHONY: image-requirements
+image-requirements: install ## what the Dataproc images are built from, off uv.lock, in dist/image/
+	$(PYTHON) deploy/image/export_requirements.py dist/image
 
 .PHONY: lock
 lock: .stamps/uv ## refresh uv.lock
