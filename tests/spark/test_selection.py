@@ -15,7 +15,8 @@ from builders import D0, make_frame, make_row
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
-from couponflow.campaign import assignment, eligibility, export, knapsack, options, pricing, selection
+from couponflow.campaign import eligibility, export, selection
+from couponflow.campaign.choice import assignment, knapsack, options, pricing
 from couponflow.campaigning import CouponOption, SegmentLimit, SelectionConfig
 from couponflow.config import Config
 from couponflow.dates import DateRange

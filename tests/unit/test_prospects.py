@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from couponflow.campaign import formats, prospects
+from couponflow.campaign.pages import formats, prospects
 
 
 def make_facts(**over: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from couponflow.campaign import charts, formats, modelcard, report
-from couponflow.campaign.report import ReportInputs
+from couponflow.campaign.pages import charts, formats, modelcard, report
+from couponflow.campaign.pages.report import ReportInputs
 from couponflow.errors import ConflictError
 from couponflow.training import decisions, evaluation
 

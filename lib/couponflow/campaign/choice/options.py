@@ -8,7 +8,7 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.campaign import assignment, pricing
+from couponflow.campaign.choice import assignment, pricing
 from couponflow.campaigning import CouponOption, SegmentLimit, SelectionConfig
 from couponflow.errors import ConfigError
 
