@@ -44,6 +44,11 @@ test-spark: install ## Spark tests only
 test-e2e: install .stamps/gcs ## end-to-end tests only
 	$(PYTHON) -m pytest tests/e2e
 
+.PHONY: test-airflow
+test-airflow: install .stamps/airflow ## the DAG of deploy/airflow in an Airflow of its own, against a stand-in of Dataproc
+	PATH="$(CURDIR)/.tools/airflow/bin:$(PATH)" .tools/airflow/bin/python -m pytest -c deploy/airflow/pytest.ini \
+	  --rootdir . --confcutdir tests/scheduler tests/scheduler
+
 .PHONY: soak
 soak: install ## 30 days backfilled in random order, killed twice, against one clean pass (SEED=n for another)
 	COUPONFLOW_SOAK_SEED=$(SEED) $(PYTHON) -m pytest -q -s -m nightly tests/e2e/test_backfill.py -k test_soak
@@ -88,6 +93,13 @@ bench-peers: .stamps/peers ## the environment in which bench/peers.py runs publi
 wheel: install ## the package and the jobs as one wheel, in dist/
 	$(UV) build --wheel --offline --no-build-isolation --out-dir dist 2>/dev/null || $(UV) build --wheel --out-dir dist
 
+.PHONY: submit-env
+submit-env: .stamps/uv ## what submitting needs, without JDK and compiler: .tools/submit/bin/couponflow
+	@UV_PROJECT_ENVIRONMENT=.tools/submit $(UV) sync --frozen --no-default-groups --no-install-project --python 3.11
+	@printf '#!/bin/sh\nPYTHONPATH="%s" exec "%s" -m couponflow.cli "$$@"\n' \
+	  "$(CURDIR)/lib:$(CURDIR)" "$(CURDIR)/.tools/submit/bin/python" > .tools/submit/bin/couponflow
+	@chmod +x .tools/submit/bin/couponflow
+
 .PHONY: image-requirements
 image-requirements: install ## what the Dataproc images are built from, off uv.lock, in dist/image/
 	$(PYTHON) deploy/image/export_requirements.py dist/image
@@ -108,13 +120,13 @@ install: .stamps/env .stamps/jars ## uv, the locked environment with the Horovod
 	@bash deploy/build/prerequisites.sh
 	@mkdir -p .stamps && touch $@
 
-.stamps/uv: .stamps/prerequisites Makefile
+.stamps/uv: Makefile
 	@echo "==> uv $(UV_VERSION)"
 	@python3.11 -m venv .tools/uv
 	@.tools/uv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@touch $@
 
-.stamps/env: .stamps/uv pyproject.toml uv.lock $(wildcard deploy/build/*.cmake)
+.stamps/env: .stamps/prerequisites .stamps/uv pyproject.toml uv.lock $(wildcard deploy/build/*.cmake)
 	@echo "==> environment from uv.lock (the first time: about 2 GB of downloads and a Horovod build of 2 to 8 minutes)"
 	@$(UV) sync --offline --frozen --all-groups --python 3.11 2>/dev/null || $(UV) sync --frozen --all-groups --python 3.11
 	@touch $@
@@ -129,6 +141,12 @@ install: .stamps/env .stamps/jars ## uv, the locked environment with the Horovod
 	@echo "==> environment of the peers (about 1.5 GB beside torch, which comes from the cache of uv)"
 	@python3.11 -m venv --without-pip --clear .tools/peers
 	@$(UV) pip install --quiet --python .tools/peers/bin/python -r bench/peers.txt --override bench/peers.txt
+	@touch $@
+
+.stamps/airflow: .stamps/uv deploy/airflow/requirements.txt
+	@echo "==> environment of Airflow (about 1.4 GB)"
+	@python3.11 -m venv --without-pip --clear .tools/airflow
+	@$(UV) pip install --quiet --python .tools/airflow/bin/python -r deploy/airflow/requirements.txt
 	@touch $@
 
 .stamps/gcs:

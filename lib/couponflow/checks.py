@@ -112,16 +112,22 @@ def _check_leaks(settings: Config, day: date, sample: int, campaign: str, seed: 
 
 
 def _check_deploy(name: str, as_json: bool) -> None:
-    from couponflow.cloud import specs
+    from couponflow.cloud import run_dates, specs
 
-    environment = specs.load_environment(name)
-    verdicts = specs.check(environment, runs.code_version())
+    environment, release = specs.load_environment(name), runs.code_version()
+    verdicts = specs.check(environment, release)
     prices = environment.cloud.prices
     if as_json:
         about = {"source_url": prices.source_url, "read_date": prices.read_date, "currency": prices.currency}
-        # Scripts of deploy/ take their names from here, so that each stands in one file.
-        cloud = environment.cloud.model_dump(mode="json", exclude={"prices"})
-        shown = {"environment": environment.cloud.environment, "cloud": cloud, "prices": about}
+        # Scripts of deploy/ and Airflow take names and dates from here, so that each stands in one file.
+        shown = {
+            "environment": environment.cloud.environment,
+            "release": release,
+            "time_zone": environment.config.lake.time_zone,
+            "cloud": environment.cloud.model_dump(mode="json", exclude={"prices"}),
+            "dates": run_dates.rules(environment.config),
+            "prices": about,
+        }
         console.show_json({**shown, "specs": [asdict(verdict) for verdict in verdicts]})
     else:
         title = f"Specs of environment {environment.cloud.environment}"
