@@ -64,25 +64,24 @@ install() { # PROGRAM ARGUMENTS...: locked packages only, nothing resolved, no c
   run "$1" -m pip install --no-deps --require-hashes --no-cache-dir --disable-pip-version-check --quiet "${@:2}"
 }
 
-# Built in an environment of its own that sees the interpreter's packages, so that no build tool stays in the image.
+# The build tools lie in a folder of their own, so that none stays in the image.
 build_horovod() {
   local nccl
   [[ $dry_run == yes || -x $cuda/bin/nvcc ]] ||
     fail "no $cuda/bin/nvcc; take a base image with the CUDA toolkit, or install Google's GPU driver first"
-  run "$python" -m venv --system-site-packages "$work/build"
-  install "$work/build/bin/python" --only-binary :all: -r "$files/build.txt"
+  install "$python" --only-binary :all: -r "$files/build.txt" --target "$work/tools"
   # torch's own NCCL, so that a process holds one; the linker looks for the name without a version.
   nccl='<folder of nvidia.nccl>'
   [[ $dry_run == yes ]] || nccl=$("$python" -c 'import nvidia.nccl; print(nvidia.nccl.__path__[0])')
   run mkdir -p "$work/nccl"
   run ln -s "$nccl/lib/libnccl.so.2" "$work/nccl/libnccl.so"
   # Compute capabilities: 75 is T4, 80 is A100, 89 is L4; CUDA 13 knows none below 75.
-  run env PATH="$work/build/bin:$cuda/bin:/usr/local/bin:/usr/bin:/bin" \
+  run env PYTHONPATH="$work/tools" PATH="$work/tools/bin:$cuda/bin:/usr/local/bin:/usr/bin:/bin" \
     HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 HOROVOD_WITHOUT_MPI=1 \
     HOROVOD_WITH_GLOO=1 HOROVOD_GPU=CUDA HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_CUDA_HOME="$cuda" \
     HOROVOD_NCCL_LINK=SHARED HOROVOD_NCCL_INCLUDE="$nccl/include" HOROVOD_NCCL_LIB="$work/nccl" \
     HOROVOD_BUILD_CUDA_CC_LIST=75,80,89 CMAKE_TOOLCHAIN_FILE="$files/toolchain.cmake" \
-    "$work/build/bin/python" -m pip wheel --no-deps --no-build-isolation --require-hashes --no-cache-dir --quiet \
+    "$python" -m pip wheel --no-deps --no-build-isolation --require-hashes --no-cache-dir --quiet \
     --no-binary horovod -r "$files/horovod.txt" --wheel-dir "$work/wheels"
   run "$python" -m pip install --no-deps --no-index --disable-pip-version-check --quiet \
     --find-links "$work/wheels" horovod

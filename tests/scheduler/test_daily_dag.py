@@ -60,6 +60,17 @@ def dag(dag_file: Path) -> Any:
     return bag.dags["couponflow_daily_ci"]
 
 
+@pytest.fixture
+def at_once(dag: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The DAG without retries, whose ten minutes a test would wait for."""
+    for one in dag.task_dict.values():
+        if hasattr(one, "partial_kwargs"):
+            monkeypatch.setitem(one.partial_kwargs, "retries", 0)
+        else:
+            monkeypatch.setattr(one, "retries", 0)
+    return dag
+
+
 class Drivers:
     """What the drivers of jobs do: note what they were called with, and end with a code by stage."""
 
@@ -127,12 +138,12 @@ def test_airflow_never_imports_couponflow(dag: Any) -> None:
 
 
 def test_a_monday_runs_delivery_training_and_the_campaigns_that_are_due(
-    dag: Any, server: Any, drivers: Drivers, tmp_path: Path
+    at_once: Any, server: Any, drivers: Drivers, tmp_path: Path
 ) -> None:
     variables = tmp_path / "variables.json"
     due = {"18": "2026-11-16", "19": "2026-11-17", "7": "2026-11-16"}
     variables.write_text(json.dumps({"couponflow_campaigns": json.dumps(due)}))
-    run = dag.test(logical_date=TUESDAY, variable_file_path=str(variables))
+    run = at_once.test(logical_date=TUESDAY, variable_file_path=str(variables))
     assert str(run.state) == "success", states(run)
     day, name = "2026-11-16", f"couponflow-{{}}-{RELEASE}".format
     common = {"RUN_DATE": day, "RUN_ID": f"airflow-{day}-1"}
@@ -150,23 +161,23 @@ def test_a_monday_runs_delivery_training_and_the_campaigns_that_are_due(
     assert called["sessionize"] == ["--config", "ci.toml", "--dates", "2026-11-13:2026-11-17", "--log-json"]
 
 
-def test_another_day_trains_nothing_and_a_repeated_run_starts_nothing(dag: Any, server: Any) -> None:
-    first = dag.test(logical_date=MONDAY)
+def test_another_day_trains_nothing_and_a_repeated_run_starts_nothing(at_once: Any, server: Any) -> None:
+    first = at_once.test(logical_date=MONDAY)
     assert str(first.state) == "success", states(first)
     assert states(first)["train"] == "skipped"
     assert [template for template, _ in started(server)] == [f"couponflow-daily-{RELEASE}"]
-    again = dag.test(logical_date=MONDAY)
+    again = at_once.test(logical_date=MONDAY)
     assert str(again.state) == "success", states(again)
     assert len(started(server)) == 1
 
 
 def test_without_its_delivery_no_campaign_is_prepared(
-    dag: Any, server: Any, drivers: Drivers, tmp_path: Path
+    at_once: Any, server: Any, drivers: Drivers, tmp_path: Path
 ) -> None:
     drivers.codes["clean_events"] = 3
     variables = tmp_path / "variables.json"
     variables.write_text(json.dumps({"couponflow_campaigns": json.dumps({"18": "2026-11-17"})}))
-    run = dag.test(logical_date=datetime(2026, 11, 18, 12, tzinfo=UTC), variable_file_path=str(variables))
+    run = at_once.test(logical_date=datetime(2026, 11, 18, 12, tzinfo=UTC), variable_file_path=str(variables))
     ended = states(run)
     assert str(run.state) == "failed"
     assert ended["daily"] == "failed"
