@@ -18,8 +18,8 @@ retried; 4 and 5 (conflict, infrastructure), and what names no code, are. Within
 the same id, so that a lost answer starts nothing twice.
 
 Airflow variable ``couponflow_campaigns`` (JSON) says which campaigns are prepared on which day:
-``{"18": "2026-11-30"}``. Approving and handing over stay a person's act. Airflow's own account needs
-``roles/iam.serviceAccountTokenCreator`` on the submit account, as which it acts.
+``{"18": "2026-11-30"}``. Approving and handing over stay a person's act. Airflow's own account, connection
+``google_cloud_default``, needs ``roles/iam.serviceAccountTokenCreator`` on the submit account, as which it acts.
 """
 
 import json
