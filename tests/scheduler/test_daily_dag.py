@@ -92,13 +92,18 @@ def drivers() -> Drivers:
 
 
 @pytest.fixture
-def server(drivers: Drivers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The stand-in, behind the provider's own hook."""
+def server(dag_file: Path, drivers: Drivers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The stand-in, with the project's autoscaling policies, behind the provider's own hook."""
     from airflow.providers.google.cloud.hooks.dataproc import DataprocHook
     from dataproc_server import serving
     from google.cloud import dataproc_v1 as dp
 
     with serving(drivers) as running:
+        policies = running.client(dp.AutoscalingPolicyServiceClient, "grpc")
+        for spec in json.loads(dag_file.with_name("couponflow.json").read_text())["specs"]:
+            if "/autoscaling/" in spec["file"]:
+                policy = dp.AutoscalingPolicy.from_json(json.dumps(spec["rendered"]))
+                policies.create_autoscaling_policy(parent=running.core.parent, policy=policy)
         client = running.client(dp.WorkflowTemplateServiceClient, "grpc")
         monkeypatch.setattr(DataprocHook, "get_template_client", lambda self, region=None: client)
         yield running

@@ -1,14 +1,18 @@
 """Dates of a workflow's parameters, and the rules from which a scheduler outside computes them."""
 
+import contextlib
+import json
 import random
 from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
 from builders import test_config
-from deploy_files import environment
+from deploy_files import ROOT, environment
+from typer.testing import CliRunner
 
 from couponflow import backfill_plan, scopes
+from couponflow.cli import app
 from couponflow.cloud import run_dates
 from couponflow.dates import DateRange, parse_day
 
@@ -54,3 +58,23 @@ def test_the_rules_of_an_environment() -> None:
         "AS_OF_DATES": (examples.train_start.isoformat(), before_test),
         "TEST_DATES": (examples.test_start.isoformat(), 0),
     }
+
+
+def test_check_tells_a_scheduler_all_that_it_needs() -> None:
+    """What deploy/airflow reads, beside the specs themselves."""
+    with contextlib.chdir(ROOT):
+        told = json.loads(CliRunner().invoke(app, ["check", "--deploy", "dev", "--json"]).stdout)
+    cloud = environment("dev").cloud
+    assert told["dates"]["daily"]["EVENT_DATES"] == [-3, 1]
+    assert told["time_zone"] == "America/New_York"
+    assert {name: told["cloud"][name] for name in ("project", "region")} == {
+        "project": cloud.project,
+        "region": cloud.region,
+    }
+    assert told["cloud"]["service_accounts"]["submit"] == cloud.service_accounts.submit
+    workflows = [spec["rendered"] for spec in told["specs"] if "jobs" in spec["rendered"]]
+    for workflow in workflows:
+        parameters = {parameter["name"] for parameter in workflow["parameters"]}
+        rules = told["dates"].get(workflow["id"].removeprefix("couponflow-"), {})
+        assert set(rules) <= parameters
+        assert all(job["labels"]["version"] == told["release"] for job in workflow["jobs"])
