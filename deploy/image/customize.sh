@@ -59,6 +59,8 @@ if [[ $files == gs://* ]]; then
   run gcloud storage cp "${files%/}/*" "$work/"
   files=$work
 fi
+[[ $dry_run == yes || -f $files/$role.txt ]] ||
+  fail "no $files/$role.txt; give --files, or metadata couponflow-files: the folder of make image-requirements"
 
 install() { # PROGRAM ARGUMENTS...: locked packages only, nothing resolved, no cache left behind
   run "$1" -m pip install --no-deps --require-hashes --no-cache-dir --disable-pip-version-check --quiet "${@:2}"

@@ -112,6 +112,10 @@ def test_the_build_has_the_switches_of_the_local_build_and_nccl() -> None:
     [
         ([], "role '': expected etl or gpu, as argument or metadata couponflow-role"),
         (["cpu"], "unknown argument cpu"),
+        (
+            ["etl", "--files", "/nonexistent"],
+            "no /nonexistent/etl.txt; give --files, or metadata couponflow-files",
+        ),
         (["gpu", "--dry-run", "--nccl"], "unknown argument --nccl"),
     ],
 )
@@ -124,6 +128,7 @@ def test_wrong_arguments_end_with_2(arguments: list[str], words: str) -> None:
 def test_a_gpu_role_without_a_compiler_stops_before_it_builds(tmp_path: Path) -> None:
     (tmp_path / "python").write_text("#!/bin/sh\nexit 0\n")
     (tmp_path / "python").chmod(0o755)
+    (tmp_path / "gpu.txt").touch()
     done = customize(
         "gpu", "--files", str(tmp_path), "--python", f"{tmp_path}/python", "--cuda", str(tmp_path)
     )
