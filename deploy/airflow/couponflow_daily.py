@@ -12,14 +12,15 @@ Why stored templates and not inline ones: an inline workflow takes no parameters
 request id of stored ones only. A template's id ends with its release, so that it never changes; to create it
 twice is no error. The run date is the day, in the lake's time zone, on which the data interval starts.
 
-What a retry is: the same call, once more. Jobs replace date ranges and hold leases, so a workflow that ran
-twice leaves the same tables. A driver's exit code 2 or 3 (configuration, data) needs a person and is not
-retried; 4 and 5 (conflict, infrastructure), and what names no code, are. Within one try every request carries
-the same id, so that a lost answer starts nothing twice.
+What a retry is: the same call, once more. The id of a request follows from workflow, run date, campaign and
+release; Dataproc runs one workflow of an id at a time. So a retry after a lost answer or a lost worker of
+Airflow meets the workflow that still runs, and one after a failure starts it again. Jobs replace date ranges
+and hold leases: a workflow that ran twice leaves the same tables. A driver's exit code 2 or 3 (configuration,
+data) needs a person and is not retried; 4 and 5 (conflict, infrastructure), and what names no code, are.
 
 Airflow variable ``couponflow_campaigns`` (JSON) says which campaigns are prepared on which day:
 ``{"18": "2026-11-30"}``. Approving and handing over stay a person's act. Airflow's own account, connection
-``google_cloud_default``, needs ``roles/iam.serviceAccountTokenCreator`` on the submit account, as which it acts.
+``google_cloud_default``, acts as the submit account: it needs ``roles/iam.serviceAccountTokenCreator`` on it.
 """
 
 import json
@@ -109,18 +110,18 @@ def parameters(name: str, day: date, try_number: int) -> dict[str, str]:
     return {"RUN_DATE": str(day), "RUN_ID": f"airflow-{day}-{try_number}", **dates}
 
 
-def request_id(name: str, day: date, try_number: int, campaign: str = "") -> str:
-    """Of one try: asked again with it, the service gives back the workflow that it has started."""
-    return str(uuid5(_NAMESPACE, f"{name}|{day}|{campaign}|{RELEASE}|{try_number}"))
+def request_id(name: str, day: date, campaign: str = "") -> str:
+    """Of one run: asked again with it, the service gives back the workflow that still runs."""
+    return str(uuid5(_NAMESPACE, f"{name}|{day}|{campaign}|{RELEASE}"))
 
 
 def templated(name: str) -> dict[str, Any]:
     """Arguments of a workflow's task; what depends on the run is rendered when it runs."""
-    arguments = f"'{name}', run_date(data_interval_start), ti.try_number"
+    arguments = f"'{name}', run_date(data_interval_start)"
     keys = ("RUN_DATE", "RUN_ID", *DEPLOYED["dates"][name])
     return {
         "template_id": template_id(name),
-        "parameters": {key: f"{{{{ parameters({arguments})['{key}'] }}}}" for key in keys},
+        "parameters": {key: f"{{{{ parameters({arguments}, ti.try_number)['{key}'] }}}}" for key in keys},
         "request_id": f"{{{{ request_id({arguments}) }}}}",
     }
 
@@ -163,7 +164,7 @@ with DAG(
         return [
             {
                 "parameters": {**parameters("campaign", day, tries), "CAMPAIGN_ID": campaign},
-                "request_id": request_id("campaign", day, tries, campaign),
+                "request_id": request_id("campaign", day, campaign),
             }
             for campaign, wanted in sorted(planned.items())
             if wanted == str(day)

@@ -9,8 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, date, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,10 +81,14 @@ class Drivers:
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[str]]] = []
         self.codes: dict[str, int] = {}
+        self.has_begun, self.may_end = threading.Event(), threading.Event()
+        self.may_end.set()
 
     def __call__(self, job: Any) -> tuple[int, str]:
         stage = job.labels["stage"]
         self.calls.append((stage, list(job.pyspark_job.args)))
+        self.has_begun.set()
+        assert self.may_end.wait(60)
         return self.codes.get(stage, 0), "ended"
 
 
@@ -115,6 +121,19 @@ def started(server: Any) -> list[tuple[str, dict[str, str]]]:
         (run.metadata.template.rpartition("/")[2], dict(run.metadata.parameters))
         for run in server.core.workflows.runs
     ]
+
+
+def filled(dag: Any, task_id: str) -> Any:
+    """A copy of a workflow's task with all that a run would render."""
+    task = dag.get_task(task_id).prepare_for_execution()
+    task.parameters = {key: "2026-11-16" for key in task.parameters} | {"RUN_ID": "r"}
+    task.request_id = dag.user_defined_macros["request_id"](task_id, date(2026, 11, 16))
+    return task
+
+
+def run_workflow(task: Any) -> None:
+    """Execute a task of the DAG outside a run."""
+    task.execute({"ti": SimpleNamespace(xcom_push=lambda **pushed: None), "task": task})
 
 
 def states(run: Any) -> dict[str, str]:
@@ -166,13 +185,24 @@ def test_a_monday_runs_delivery_training_and_the_campaigns_that_are_due(
     assert called["sessionize"] == ["--config", "ci.toml", "--dates", "2026-11-13:2026-11-17", "--log-json"]
 
 
-def test_another_day_trains_nothing_and_a_repeated_run_starts_nothing(at_once: Any, server: Any) -> None:
-    first = at_once.test(logical_date=MONDAY)
-    assert str(first.state) == "success", states(first)
-    assert states(first)["train"] == "skipped"
+def test_on_another_day_nothing_is_trained(at_once: Any, server: Any) -> None:
+    run = at_once.test(logical_date=MONDAY)
+    assert str(run.state) == "success", states(run)
+    assert states(run)["train"] == "skipped"
     assert [template for template, _ in started(server)] == [f"couponflow-daily-{RELEASE}"]
-    again = at_once.test(logical_date=MONDAY)
-    assert str(again.state) == "success", states(again)
+
+
+def test_a_retry_meets_the_workflow_that_still_runs(dag: Any, server: Any, drivers: Drivers) -> None:
+    """As after an Airflow worker was lost: the first try's workflow goes on, and the second waits for it."""
+    run_workflow(dag.get_task("store_daily"))
+    drivers.may_end.clear()
+    with ThreadPoolExecutor(2) as tries:
+        first = tries.submit(run_workflow, filled(dag, "daily"))
+        assert drivers.has_begun.wait(60)
+        second = tries.submit(run_workflow, filled(dag, "daily"))
+        server.core.wait_for(lambda: server.core.requests.count("InstantiateWorkflowTemplate") == 2)
+        drivers.may_end.set()
+        assert first.result(60) is second.result(60) is None
     assert len(started(server)) == 1
 
 
@@ -196,17 +226,12 @@ def test_only_what_a_retry_can_help_is_retried(
 ) -> None:
     from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-    stored, daily = dag.get_task("store_daily"), dag.get_task("daily")
-    context: Any = {"ti": SimpleNamespace(xcom_push=lambda **pushed: None), "task": daily}
-    stored.execute(context)
+    run_workflow(dag.get_task("store_daily"))
     drivers.codes["clean_events"] = code
-    task = daily.prepare_for_execution()  # a copy
-    dates = {key: "2026-11-16" for key in daily.parameters} | {"RUN_ID": "r"}
-    task.parameters, task.request_id = dates, f"try-{code}"
     with pytest.raises(AirflowException, match=f"driver exit {code}") as caught:
-        task.execute(context)
+        run_workflow(filled(dag, "daily"))
     assert isinstance(caught.value, AirflowFailException) is is_final
-    assert daily.retries == 2
+    assert dag.get_task("daily").retries == 2
     if is_final:
         assert f"deploy/runbooks/exit-{code}.md" in str(caught.value)
 
