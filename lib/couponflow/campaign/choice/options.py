@@ -114,8 +114,8 @@ def check_scores(users: DataFrame, section: SelectionConfig) -> None:
     """
     if section.objective == "incremental_profit" and "uplift" not in users.columns:
         raise ConfigError(
-            "section selection: objective incremental_profit needs uplift scores, and the predictions have "
-            "none; score with an uplift model, or set selection.objective = 'expected_profit'"
+            "section selection: objective incremental_profit needs uplift scores, and the predictions "
+            "have none; set selection.objective = 'expected_profit'"
         )
 
 
