@@ -90,12 +90,13 @@ class Objects:
 
     def write(self, uri: str, content: bytes) -> None:
         """Write an object, into a new bucket if need be, as Dataproc does with its staging bucket."""
-        from google.api_core.exceptions import NotFound
+        from google.api_core.exceptions import Conflict, NotFound
 
         try:
             self._blob(uri).upload_from_string(content)
         except NotFound:
-            self.client.create_bucket(uri.removeprefix("gs://").partition("/")[0])
+            with contextlib.suppress(Conflict):  # another driver was first
+                self.client.create_bucket(uri.removeprefix("gs://").partition("/")[0])
             self._blob(uri).upload_from_string(content)
 
     def _blob(self, uri: str) -> Any:
@@ -126,6 +127,7 @@ class SparkRunner:
         self.objects = Objects(self.store_url)
         self.lock = threading.Lock()
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.stopped: set[str] = set()  # jobs, also those that have not started yet
 
     def __call__(self, job: Any) -> tuple[int, str]:
         """Run the driver of a job to its end: its exit code and all that it printed."""
@@ -145,11 +147,11 @@ class SparkRunner:
         return self._run(job_id, [*command, main, *program.args], folder)
 
     def stop(self, job_id: str) -> None:
-        """End a driver that runs; its caller gets the exit code of a killed process."""
+        """End a driver, now or as soon as it starts; its caller gets the exit code of a killed process."""
         with self.lock:
-            process = self.running.get(job_id)
-            if process is not None and process.stdin is not None:
-                process.stdin.close()
+            self.stopped.add(job_id)
+            if job_id in self.running:
+                _let_go(self.running[job_id])
 
     def _run(self, job_id: str, command: list[str], folder: Path) -> tuple[int, str]:
         log = folder / "driveroutput"
@@ -159,14 +161,12 @@ class SparkRunner:
             )
         with self.lock:
             self.running[job_id] = process
-        try:
-            exit_code = process.wait()
-        finally:
-            with self.lock:
-                del self.running[job_id]
-                if process.stdin is not None:
-                    with contextlib.suppress(BrokenPipeError):
-                        process.stdin.close()
+            if job_id in self.stopped:
+                _let_go(process)
+        exit_code = process.wait()
+        with self.lock:
+            del self.running[job_id]
+            _let_go(process)
         return exit_code, log.read_text(errors="replace")
 
     def _download(self, uri: str, folder: Path) -> str:
@@ -196,6 +196,11 @@ class SparkRunner:
             if self.connector.parent != _spark_home() / "jars":  # those are on the class path already
                 made["spark.jars"] = str(self.connector)
         return made
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 def _spark_home() -> Path:
