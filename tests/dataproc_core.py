@@ -239,7 +239,7 @@ class Core:
         if (stop := getattr(self.runner, "stop", None)) is not None:
             stop(job_id)
 
-    def wait_for(self, holds: Callable[[], bool], timeout_seconds: float = 60) -> None:
+    def wait_for(self, holds: Callable[[], bool], timeout_seconds: float = 300) -> None:
         """Wait until something holds of the state, or of what a runner keeps, which notifies nobody.
 
         Raises:

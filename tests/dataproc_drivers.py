@@ -10,7 +10,7 @@ PROJECT, REGION = "couponflow-ci", "us-west1"
 PLACE = {"project_id": PROJECT, "region": REGION}
 PARENT = f"projects/{PROJECT}/regions/{REGION}"
 #: How often the tests look at an operation: they wait for what the stand-in does, which takes no time.
-POLLING = Retry(predicate=lambda error: True, initial=0.005, maximum=0.02, timeout=30)
+POLLING = Retry(predicate=lambda error: True, initial=0.005, maximum=0.02, timeout=300)
 
 
 class Drivers:
@@ -24,7 +24,7 @@ class Drivers:
         program = job.pyspark_job
         self.started.append(" ".join([program.main_python_file_uri, *program.args]))
         gate = self.gates.get(program.main_python_file_uri)
-        if gate is not None and not gate.wait(30):
+        if gate is not None and not gate.wait(300):
             return 99, "the gate stayed shut"
         if program.main_python_file_uri.endswith("/broken.py"):
             raise RuntimeError("this runner does not run that")

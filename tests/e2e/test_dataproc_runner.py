@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyspark
 import pytest
 from dataproc_server import Server, serving
 from google.cloud import dataproc_v1 as dp
@@ -20,7 +21,11 @@ from spark_runner import SparkRunner
 from couponflow.lake import storage
 
 PLACE = {"project_id": "couponflow-ci", "region": "us-west1"}
-#: Writes into its bucket what it has seen: where its package came from, its file, a count.
+#: Seconds until a driver that does not end counts as hung; on an idle machine one takes ten.
+LONG = 600
+#: The connector's jar, where the installation puts it.
+CONNECTOR = next((Path(pyspark.__file__).parent / "jars").glob("gcs-connector-*-shaded.jar"), None)
+#: Writes into its bucket what it has seen: where its package came from, its file, a count of Spark's.
 MAIN = """
 import json, os, signal, sys
 import couponflow
@@ -44,7 +49,8 @@ if mode == "fail":
 spark = SparkSession.builder.getOrCreate()
 if mode == "wait":
     spark.sparkContext.parallelize([0], 1).foreach(wait_in_a_worker)
-rows = spark.range(1000).repartition(2).count()
+spark.range(1000).repartition(2).write.parquet(f"gs://{bucket}/rows")
+rows = spark.read.parquet(f"gs://{bucket}/rows").count()
 say(
     package=couponflow.__file__, marker=couponflow.MARKER, config=open("ci.toml").read(), rows=rows,
     master=spark.sparkContext.master, partitions=spark.conf.get("spark.sql.shuffle.partitions"),
@@ -64,7 +70,9 @@ guarded([sys.executable, "-c", program]).wait()
 @pytest.fixture
 def cloud(server: str, bucket: str, tmp_path: Path) -> Iterator[Server]:
     """The stand-in with a cluster; its bucket holds the job."""
-    runner = SparkRunner(tmp_path / "drivers", server, master="local[1]")
+    if CONNECTOR is None:
+        pytest.skip("the Cloud Storage connector is missing from pyspark/jars: run make install")
+    runner = SparkRunner(tmp_path / "drivers", server, connector=CONNECTOR, master="local[1]")
     package = io.BytesIO()
     with zipfile.ZipFile(package, "w") as archive:
         archive.writestr("couponflow/__init__.py", "MARKER = 'of the archive'\n")
@@ -97,7 +105,7 @@ def submit(cloud: Server, bucket: str, mode: str) -> Any:
 
 def ended(cloud: Server, job: Any) -> Any:
     job_id = job.reference.job_id
-    cloud.core.wait_for(lambda: bool(cloud.core.jobs.by_id[job_id].done), 120)
+    cloud.core.wait_for(lambda: bool(cloud.core.jobs.by_id[job_id].done), LONG)
     return cloud.client(dp.JobControllerClient, "grpc").get_job(job_id=job_id, **PLACE)
 
 
@@ -148,7 +156,7 @@ def test_a_driver_that_exits_with_3_is_an_error(cloud: Server, bucket: str) -> N
 
 def test_a_cancelled_driver_leaves_no_process(cloud: Server, bucket: str) -> None:
     job_id = submit(cloud, bucket, "wait").reference.job_id
-    assert eventually(lambda: storage.exists(f"{bucket}/said/wait.json"), 120)
+    assert eventually(lambda: storage.exists(f"{bucket}/said/wait.json"), LONG)
     session = said(bucket, "wait")["session"]
     assert any("pyspark.daemon" in command for command in processes_of(session))
     cloud.client(dp.JobControllerClient, "rest").cancel_job(job_id=job_id, **PLACE)
