@@ -38,13 +38,17 @@ class LostAnswerError(Exception):
 
 @dataclass
 class Faults:
-    """What goes wrong with the next calls, by name of the rpc; each entry is used up once."""
+    """What goes wrong with the next calls, by name of the rpc; each entry is used up once.
+
+    A refusal of ``CreateCluster`` also meets a workflow that makes its own cluster, and ends its operation.
+    """
 
     refusals: dict[str, list[ServiceError]] = field(default_factory=lambda: defaultdict(list))
     lost: Counter[str] = field(default_factory=Counter)
     endless: Counter[str] = field(default_factory=Counter)
     exits: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    #: A workflow whose step failed ends without an error, as was seen on the service; its graph tells.
+    #: A workflow whose step failed ends without an error, as users of the service have reported; its graph
+    #: tells.
     silent_workflows: bool = False
 
     def refuse(self, rpc: str, code: str, message: str = "refused on command", times: int = 1) -> None:
@@ -127,14 +131,7 @@ class Core:
             "GetOperation": lambda request: self.operation(request.name).message(),
             "CancelOperation": self.cancel_operation,
         }
-        for part in (
-            self.clusters,
-            self.policies,
-            self.batches,
-            self.jobs,
-            self.templates,
-            self.workflows,
-        ):
+        for part in (self.clusters, self.policies, self.batches, self.jobs, self.templates, self.workflows):
             self.answers |= part.answers()
 
     def call(self, rpc: str, request: Any) -> Any:
