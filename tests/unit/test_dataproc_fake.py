@@ -359,6 +359,14 @@ def test_a_batch_has_one_life(server: Server, drivers: Drivers, connect: Callabl
     assert batches.get_batch(name=made.name).labels == {"stage": "score"}
 
 
+def test_an_answer_is_what_was_so_when_it_was_given(server: Server) -> None:
+    clusters, jobs = connected(server)
+    clusters.create_cluster(cluster={"cluster_name": "etl"}, **PLACE).result(polling=POLLING)
+    answer = server.core.call("SubmitJob", dp.SubmitJobRequest(job=make_job(), **PLACE))
+    assert ended(server, jobs, answer.reference.job_id).status.state == State.DONE
+    assert answer.status.state == State.PENDING
+
+
 def test_closing_ends_what_runs(drivers: Drivers) -> None:
     with serving(drivers) as server:
         clusters, jobs = connected(server)
