@@ -6,6 +6,7 @@ run and end. What goes wrong on command is in ``Core.faults``.
 """
 
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +26,9 @@ from google.rpc import code_pb2, status_pb2
 
 
 class Runner(Protocol):
-    """Runs the driver of a job; may have ``stop`` to end one before its time."""
+    """Runs the driver of a job. May have ``stop(job_id)``, which ends one before its time."""
 
-    def __call__(self, job: dp.Job) -> tuple[int, str]:
+    def __call__(self, job: dp.Job, /) -> tuple[int, str]:
         """Exit code and all that the driver printed."""
 
 
@@ -37,13 +38,17 @@ class LostAnswerError(Exception):
 
 @dataclass
 class Faults:
-    """What goes wrong with the next calls, by name of the rpc; each entry is used up once."""
+    """What goes wrong with the next calls, by name of the rpc; each entry is used up once.
+
+    A refusal of ``CreateCluster`` also meets a workflow that makes its own cluster, and ends its operation.
+    """
 
     refusals: dict[str, list[ServiceError]] = field(default_factory=lambda: defaultdict(list))
     lost: Counter[str] = field(default_factory=Counter)
     endless: Counter[str] = field(default_factory=Counter)
     exits: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    #: A workflow whose step failed ends without an error, as was seen on the service; its graph tells.
+    #: A workflow whose step failed ends without an error, as users of the service have reported; its graph
+    #: tells.
     silent_workflows: bool = False
 
     def refuse(self, rpc: str, code: str, message: str = "refused on command", times: int = 1) -> None:
@@ -120,21 +125,13 @@ class Core:
         self.known: dict[tuple[str, str], Any] = {}  # what a request id has brought about
         self.drivers = ThreadPoolExecutor(num_drivers, "driver")
         self.works = ThreadPoolExecutor(16, "operation")
-        self.is_closing = False
         self.clusters, self.policies, self.batches = Clusters(self), Policies(self), Batches(self)
         self.jobs, self.templates, self.workflows = Jobs(self), Templates(self), Workflows(self)
         self.answers: dict[str, Callable[[Any], Any]] = {
             "GetOperation": lambda request: self.operation(request.name).message(),
             "CancelOperation": self.cancel_operation,
         }
-        for part in (
-            self.clusters,
-            self.policies,
-            self.batches,
-            self.jobs,
-            self.templates,
-            self.workflows,
-        ):
+        for part in (self.clusters, self.policies, self.batches, self.jobs, self.templates, self.workflows):
             self.answers |= part.answers()
 
     def call(self, rpc: str, request: Any) -> Any:
@@ -218,22 +215,46 @@ class Core:
             operation.cancel()
         return empty_pb2.Empty()
 
-    def wait_for(self, holds: Callable[[], bool], timeout_seconds: float = 60) -> None:
-        """Wait until something holds of the state.
+    def drive(self, job: dp.Job) -> tuple[int, str]:
+        """Exit code and output of a driver, which is stored; whatever fails, a job has both in the end."""
+        with self.changed:
+            planned = self.faults.exits.get(job.labels.get("stage", ""))
+            exit_code = planned.pop(0) if planned else None
+        try:
+            exit_code, text = (exit_code, "ended on command\n") if exit_code else self.runner(job)
+        except Exception as problem:
+            exit_code, text = 1, f"the runner failed: {type(problem).__name__}: {problem}\n"
+        try:
+            if self.store is not None and job.driver_output_resource_uri:
+                self.store(f"{job.driver_output_resource_uri}.000000000", text.encode())
+        except Exception as problem:
+            return 1, f"{text}the output could not be stored: {type(problem).__name__}: {problem}\n"
+        return exit_code, text
+
+    def stop_driver(self, job_id: str) -> None:
+        """End a driver if the runner can; else its job is over when it ends by itself."""
+        if (stop := getattr(self.runner, "stop", None)) is not None:
+            stop(job_id)
+
+    def wait_for(self, holds: Callable[[], bool], timeout_seconds: float = 300) -> None:
+        """Wait until something holds of the state, or of what a runner keeps, which notifies nobody.
 
         Raises:
             TimeoutError: it never did.
         """
+        until = time.monotonic() + timeout_seconds
         with self.changed:
-            if not self.changed.wait_for(holds, timeout_seconds):
-                raise TimeoutError(f"not so within {timeout_seconds} s")
+            while not holds():
+                if time.monotonic() > until:
+                    raise TimeoutError(f"not so within {timeout_seconds} s")
+                self.changed.wait(0.02)
 
     def close(self) -> None:
         """End all drivers and workflows; nothing is left running."""
         with self.changed:
-            self.is_closing = True
             self.workflows.cancel_all()
             self.jobs.stop_all()
+            self.batches.stop_all()
             self.changed.notify_all()
         self.drivers.shutdown(cancel_futures=True)
         self.works.shutdown(cancel_futures=True)

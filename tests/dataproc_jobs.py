@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from dataproc_messages import now, paged
+from dataproc_messages import last_line, now, paged
 from dataproc_rules import JOB_ID, ServiceError, check, check_job, matcher
 from google.cloud import dataproc_v1 as dp
 from google.protobuf import empty_pb2
@@ -98,7 +98,7 @@ class Jobs:
         else:
             self._move(job, State.CANCEL_PENDING)
             self._move(job, State.CANCEL_STARTED)
-            self._stop(job_id)
+            self.core.stop_driver(job_id)
         return job
 
     def delete(self, request: dp.DeleteJobRequest) -> empty_pb2.Empty:
@@ -115,12 +115,7 @@ class Jobs:
                 was_waiting = job.status.state in WAITING
                 self._move(job, State.ERROR, "The cluster was deleted while the job was active")
                 if not was_waiting:
-                    self._stop(job.reference.job_id)
-
-    def _stop(self, job_id: str) -> None:
-        stop = getattr(self.core.runner, "stop", None)
-        if stop is not None:
-            stop(job_id)
+                    self.core.stop_driver(job.reference.job_id)
 
     def _move(self, job: dp.Job, state: State, details: str = "") -> None:
         with self.core.changed:
@@ -139,12 +134,7 @@ class Jobs:
                     return
                 self._move(job, State.RUNNING)
                 asked = dp.Job(job)
-                planned = self.core.faults.exits.get(job.labels.get("stage", ""), [])
-                planned_exit = planned.pop(0) if planned else None
-            exit_code, text = (
-                self._run(asked) if planned_exit is None else (planned_exit, "ended on command\n")
-            )
-            self._write_output(job, text)
+            exit_code, text = self.core.drive(asked)
             with self.core.changed:
                 if job.status.state in ENDED:
                     return
@@ -154,21 +144,12 @@ class Jobs:
                     return self._move(job, State.DONE)
                 failures += 1
                 details = (
-                    f"driver exit {exit_code}: Google Cloud Dataproc Agent reports job failure. If logs are "
-                    f"available, they can be found at: {job.driver_output_resource_uri}"
+                    f"driver exit {exit_code}: Google Cloud Dataproc Agent reports job failure"
+                    f" [{last_line(text)}]. If logs are available, they can be found at: "
+                    f"{job.driver_output_resource_uri}"
                 )
                 limits = job.scheduling
                 total = limits.max_failures_total or limits.max_failures_per_hour
                 if not limits.max_failures_per_hour or failures > min(total, limits.max_failures_per_hour):
                     return self._move(job, State.ERROR, details)
                 self._move(job, State.ATTEMPT_FAILURE, details)
-
-    def _run(self, job: dp.Job) -> tuple[int, str]:
-        try:
-            return self.core.runner(job)
-        except Exception as problem:  # the client must see a job that ends, whatever the runner did
-            return 1, f"the runner failed: {type(problem).__name__}: {problem}\n"
-
-    def _write_output(self, job: dp.Job, text: str) -> None:
-        if self.core.store is not None:
-            self.core.store(f"{job.driver_output_resource_uri}.000000000", text.encode())

@@ -35,5 +35,10 @@ def paged(found: list[Any], request: Any) -> tuple[list[Any], str]:
     return found[start : start + size], str(start + size) if len(found) > start + size else ""
 
 
+def last_line(text: str) -> str:
+    """What a driver said last, cut to what fits into a message."""
+    return (text.strip().splitlines() or [""])[-1][:200]
+
+
 def now() -> datetime:
     return datetime.now(UTC)

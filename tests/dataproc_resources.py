@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from dataproc_messages import now, paged
+from dataproc_messages import last_line, now, paged
 from dataproc_rules import (
     BATCH_ID,
     CLUSTER,
@@ -197,8 +197,7 @@ class Policies:
         return self.by_id[policy_id]
 
     def update(self, request: dp.UpdateAutoscalingPolicyRequest) -> dp.AutoscalingPolicy:
-        name = request.policy.name or f"{self.core.parent}/autoscalingPolicies/{request.policy.id}"
-        known = self.get(name)
+        known = self.get(request.policy.name)
         self.by_id[known.id] = dp.AutoscalingPolicy(request.policy, id=known.id, name=known.name)
         return self.by_id[known.id]
 
@@ -249,13 +248,20 @@ class Batches:
         metadata = dp.BatchOperationMetadata(
             batch=batch.name, batch_uuid=batch.uuid, labels=dict(batch.labels)
         )
-        operation = self.core.start("CreateBatch", metadata, lambda _: self._run(batch, batch_id))
+        operation = self.core.start(
+            "CreateBatch",
+            metadata,
+            lambda operation: self._run(batch, batch_id),
+            cancel=lambda: self._cancel(batch, batch_id),
+        )
         batch.operation = operation.name
         self.core.known[key] = operation
         return operation.message()
 
     def _run(self, batch: dp.Batch, batch_id: str) -> dp.Batch:
-        self._move(batch, dp.Batch.State.RUNNING)
+        with self.core.changed:
+            if batch.state == dp.Batch.State.PENDING:
+                self._move(batch, dp.Batch.State.RUNNING)
         asked = batch.pyspark_batch
         job = dp.Job(
             reference=dp.JobReference(project_id=self.core.project, job_id=batch_id),
@@ -268,14 +274,25 @@ class Batches:
                 properties=dict(batch.runtime_config.properties),
             ),
         )
-        exit_code, text = self.core.drivers.submit(self.core.runner, job).result()
+        exit_code, text = self.core.drivers.submit(self.core.drive, job).result()
+        if batch.state == dp.Batch.State.CANCELLING:
+            self._move(batch, dp.Batch.State.CANCELLED)
+            raise ServiceError("CANCELLED", f"{batch.name} was cancelled")
         if exit_code == 0:
             self._move(batch, dp.Batch.State.SUCCEEDED)
             return batch
-        last_line = (text.strip().splitlines() or [""])[-1]
-        message = f"Job failed with message [{last_line}]: driver exit {exit_code}"
+        message = f"Job failed with message [{last_line(text)}]: driver exit {exit_code}"
         self._move(batch, dp.Batch.State.FAILED, message)
         raise ServiceError("ABORTED", message)
+
+    def _cancel(self, batch: dp.Batch, batch_id: str) -> None:
+        if batch.state in (dp.Batch.State.PENDING, dp.Batch.State.RUNNING):
+            self._move(batch, dp.Batch.State.CANCELLING)
+            self.core.stop_driver(batch_id)
+
+    def stop_all(self) -> None:
+        for batch_id, batch in self.by_id.items():
+            self._cancel(batch, batch_id)
 
     def get(self, name: str) -> dp.Batch:
         batch_id = name.rpartition("/")[2]

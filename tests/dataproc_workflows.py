@@ -1,4 +1,7 @@
-"""Workflow templates of the stand-in of Dataproc, and the run of one: a graph of jobs on one cluster."""
+"""Workflow templates of the stand-in of Dataproc, and the run of one: a graph of jobs on one cluster.
+
+A template's ``dagTimeout`` is checked, but nothing is ended by it.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from dataproc_jobs import CANCELLABLE, ENDED
-from dataproc_messages import now, paged
+from dataproc_messages import now, paged, raw
 from dataproc_rules import TEMPLATE_ID, ServiceError, check, check_template, filled
 from google.cloud import dataproc_v1 as dp
 from google.protobuf import empty_pb2
@@ -243,11 +246,10 @@ class Workflows:
         }
         if run.template.id:
             labels["goog-dataproc-workflow-template-id"] = run.template.id.lower()
-        raw = dp.OrderedJob.pb(step)
         job = dp.Job(labels=labels, placement=dp.JobPlacement(cluster_name=cluster_name))
         job.reference = dp.JobReference(job_id=f"{step.step_id}-{uuid4().hex[:13]}")
-        kind = raw.WhichOneof("job_type")
-        getattr(dp.Job.pb(job), kind).CopyFrom(getattr(raw, kind))
+        kind = raw(step).WhichOneof("job_type")
+        getattr(raw(job), kind).CopyFrom(getattr(raw(step), kind))
         return str(self.core.jobs.launch(job).reference.job_id)
 
     def _fail_rest(self, run: Run, error: str) -> None:

@@ -1,50 +1,17 @@
 """The real clients of google-cloud-dataproc on the stand-in, over gRPC and over REST."""
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import requests
-from dataproc_messages import parsed
+from dataproc_drivers import PARENT, PLACE, POLLING, Drivers, make_job
 from dataproc_server import Server, serving
 from google.api_core import exceptions
-from google.api_core.retry import Retry
 from google.auth.exceptions import InvalidOperation
 from google.cloud import dataproc_v1 as dp
 
-PROJECT, REGION = "couponflow-ci", "us-west1"
-PLACE = {"project_id": PROJECT, "region": REGION}
-PARENT = f"projects/{PROJECT}/regions/{REGION}"
-#: How often the tests look at an operation: they wait for what the stand-in does, which takes no time.
-POLLING = Retry(predicate=lambda error: True, initial=0.005, maximum=0.02, timeout=30)
 State = dp.JobStatus.State
-
-
-class Drivers:
-    """Drivers whose end a test decides; the exit code is an argument of the job."""
-
-    def __init__(self) -> None:
-        self.started: list[str] = []  # main files with their arguments, in order
-        self.gates: dict[str, threading.Event] = {}
-
-    def __call__(self, job: dp.Job) -> tuple[int, str]:
-        program = job.pyspark_job
-        self.started.append(" ".join([program.main_python_file_uri, *program.args]))
-        gate = self.gates.get(program.main_python_file_uri)
-        if gate is not None and not gate.wait(30):
-            return 99, "the gate stayed shut"
-        code = int(program.args[0]) if program.args and program.args[0].isdecimal() else 0
-        return code, f"ran {job.reference.job_id}\n"
-
-    def stop(self, job_id: str) -> None:
-        for gate in self.gates.values():
-            gate.set()
-
-    def hold(self, main: str) -> threading.Event:
-        """Drivers of this file wait until the event is set."""
-        self.gates[main] = threading.Event()
-        return self.gates[main]
 
 
 @pytest.fixture
@@ -87,15 +54,6 @@ def cluster(connect: Callable[[Any], Any]) -> str:
     return str(operation.result(polling=POLLING).cluster_name)
 
 
-def make_job(main: str = "gs://code/a.py", exit_code: int = 0, **over: Any) -> dict[str, Any]:
-    job: dict[str, Any] = {
-        "placement": {"cluster_name": "etl"},
-        "labels": {"stage": "train", "dt": "2024-01-03"},
-        "pyspark_job": {"main_python_file_uri": main, "args": [str(exit_code)]},
-    }
-    return job | over
-
-
 def submit(jobs: Any, job: dict[str, Any], request_id: str = "") -> Any:
     return jobs.submit_job(request={**PLACE, "job": job, "request_id": request_id})
 
@@ -104,6 +62,11 @@ def ended(server: Server, jobs: Any, job_id: str) -> Any:
     """The job once it is over, as the client sees it."""
     server.core.wait_for(lambda: bool(server.core.jobs.by_id[job_id].done))
     return jobs.get_job(job_id=job_id, **PLACE)
+
+
+def connected(server: Server) -> tuple[Any, Any]:
+    """Clients of clusters and jobs."""
+    return server.client(dp.ClusterControllerClient, "grpc"), server.client(dp.JobControllerClient, "grpc")
 
 
 def test_a_cluster_is_made_found_and_deleted(server: Server, connect: Callable[[Any], Any]) -> None:
@@ -303,169 +266,113 @@ def test_an_operation_that_never_ends(server: Server, connect: Callable[[Any], A
     assert clusters.get_cluster(cluster_name="etl", **PLACE).status.state.name == "CREATING"
 
 
-def make_template(**over: Any) -> Any:
-    """Two first steps, one that needs both, a last one; DAY is the label and the argument of each."""
-    steps = {"left": [], "right": [], "both": ["left", "right"], "last": ["both"]}
-    template: dict[str, Any] = {
-        "id": "daily",
-        "placement": {
-            "managedCluster": {"clusterName": "daily", "labels": {"app": "couponflow"}, "config": {}}
-        },
-        "jobs": [
-            {
-                "stepId": step,
-                "prerequisiteStepIds": before,
-                "labels": {"stage": step, "dt": "day"},
-                "pysparkJob": {"mainPythonFileUri": f"gs://code/{step}.py", "args": ["0", "day"]},
-            }
-            for step, before in steps.items()
-        ],
-        "parameters": [
-            {
-                "name": "DAY",
-                "validation": {"regex": {"regexes": [r"\d\d\d\d-\d\d-\d\d"]}},
-                "fields": [
-                    path
-                    for step in steps
-                    for path in (f"jobs['{step}'].labels['dt']", f"jobs['{step}'].pySparkJob.args[1]")
-                ],
-            }
-        ],
-    }
-    return parsed(dp.WorkflowTemplate, template | over)
-
-
-@pytest.fixture
-def templates(connect: Callable[[Any], Any]) -> Any:
-    """The client, with a template in place."""
-    client = connect(dp.WorkflowTemplateServiceClient)
-    client.create_workflow_template(parent=PARENT, template=make_template())
-    return client
-
-
-def instantiate(templates: Any, **request: Any) -> Any:
-    name = f"{PARENT}/workflowTemplates/daily"
-    return templates.instantiate_workflow_template(
-        request={"name": name, "parameters": {"DAY": "2024-01-03"}, **request}
-    )
-
-
-def test_a_workflow_runs_its_graph_on_its_own_cluster(
-    server: Server, templates: Any, jobs: Any, drivers: Drivers, connect: Callable[[Any], Any]
+def test_a_deleted_cluster_takes_its_jobs_along(
+    server: Server, jobs: Any, cluster: str, drivers: Drivers, connect: Callable[[Any], Any]
 ) -> None:
-    gate = drivers.hold("gs://code/both.py")
-    operation = instantiate(templates)
-    server.core.wait_for(lambda: len(drivers.started) == 3)
-    clusters = list(
-        connect(dp.ClusterControllerClient).list_clusters(**PLACE, filter="labels.app = couponflow")
-    )
-    assert [one.cluster_name.rpartition("-")[0] for one in clusters] == ["daily"]
-    gate.set()
-    operation.result(polling=POLLING)
-    main = [one.removeprefix("gs://code/").replace(".py 0", "") for one in drivers.started]
-    assert sorted(main[:2]) == ["left 2024-01-03", "right 2024-01-03"]
-    assert main[2:] == ["both 2024-01-03", "last 2024-01-03"]
-    assert {node.state.name for node in operation.metadata.graph.nodes} == {"COMPLETED"}
-    assert operation.metadata.state == dp.WorkflowMetadata.State.DONE
-    assert operation.metadata.delete_cluster.done
-    assert not list(connect(dp.ClusterControllerClient).list_clusters(**PLACE))
-    listed = jobs.list_jobs(request={**PLACE, "filter": "labels.stage = both AND labels.dt = 2024-01-03"})
-    assert [job.reference.job_id.startswith("both-") for job in listed] == [True]
-
-
-def test_a_failing_step_ends_the_workflow(
-    server: Server, templates: Any, drivers: Drivers, connect: Callable[[Any], Any]
-) -> None:
-    drivers.hold("gs://code/right.py")  # a peer that runs when the other one fails
-    server.core.faults.fail_driver("left", exit_code=3)
-    operation = instantiate(templates)
-    with pytest.raises(exceptions.GoogleAPICallError, match="driver exit 3"):
-        operation.result(polling=POLLING)
-    nodes = {node.step_id: node for node in operation.metadata.graph.nodes}
-    assert {node.state.name for node in nodes.values()} == {"FAILED"}
-    assert "driver exit 3" in nodes["left"].error
-    assert server.core.jobs.by_id[nodes["right"].job_id].status.state == State.CANCELLED
-    assert nodes["both"].job_id == nodes["last"].job_id == ""
-    assert not list(connect(dp.ClusterControllerClient).list_clusters(**PLACE))
-
-
-def test_a_failed_step_may_show_in_the_graph_only(server: Server, templates: Any) -> None:
-    server.core.faults.silent_workflows = True
-    server.core.faults.fail_driver("both")
-    operation = instantiate(templates)
-    operation.result(polling=POLLING)
-    states = {node.step_id: node.state.name for node in operation.metadata.graph.nodes}
-    assert states == {"left": "COMPLETED", "right": "COMPLETED", "both": "FAILED", "last": "FAILED"}
-
-
-def test_a_workflow_without_quota_for_its_cluster(server: Server, templates: Any, drivers: Drivers) -> None:
-    server.core.faults.refuse("CreateCluster", "RESOURCE_EXHAUSTED", "Insufficient 'CPUS' quota")
-    operation = instantiate(templates)
-    with pytest.raises(exceptions.GoogleAPICallError, match="quota"):
-        operation.result(polling=POLLING)
-    assert "quota" in operation.metadata.create_cluster.error
-    assert not drivers.started
-
-
-def test_one_request_id_is_one_workflow_while_it_runs(
-    server: Server, templates: Any, drivers: Drivers
-) -> None:
-    gate = drivers.hold("gs://code/left.py")
-    first = instantiate(templates, request_id="one")
-    assert instantiate(templates, request_id="one").operation.name == first.operation.name
-    gate.set()
-    first.result(polling=POLLING)
-    again = instantiate(templates, request_id="one")
-    assert again.operation.name != first.operation.name
-    again.result(polling=POLLING)
-    assert len(drivers.started) == 8
-
-
-def test_a_cancelled_workflow_leaves_nothing(
-    server: Server, templates: Any, drivers: Drivers, connect: Callable[[Any], Any]
-) -> None:
-    drivers.hold("gs://code/left.py")
-    operation = instantiate(templates)
-    server.core.wait_for(lambda: len(drivers.started) == 2)
-    # Not operation.cancel(): over REST the library fails at it before it asks anything.
-    templates.cancel_operation(request={"name": operation.operation.name})
-    with pytest.raises(exceptions.GoogleAPICallError, match="cancelled"):
-        operation.result(polling=POLLING)
-    assert all(job.done for job in server.core.jobs.by_id.values())
-    assert not list(connect(dp.ClusterControllerClient).list_clusters(**PLACE))
-
-
-def test_an_inline_workflow_on_a_cluster_found_by_labels(
-    server: Server, connect: Callable[[Any], Any], cluster: str, drivers: Drivers
-) -> None:
-    placement = {"clusterSelector": {"clusterLabels": {"goog-dataproc-cluster-name": cluster}}}
-    client = connect(dp.WorkflowTemplateServiceClient)
-    template = make_template(placement=placement, parameters=[])
-    client.instantiate_inline_workflow_template(parent=PARENT, template=template).result(polling=POLLING)
-    assert len(drivers.started) == 4
-    assert connect(dp.ClusterControllerClient).get_cluster(cluster_name=cluster, **PLACE)
-
-
-def test_a_template_is_changed_only_from_what_was_read(templates: Any) -> None:
-    name = f"{PARENT}/workflowTemplates/daily"
-    read = templates.get_workflow_template(name=name)
-    with pytest.raises(exceptions.Conflict):
-        templates.create_workflow_template(parent=PARENT, template=make_template())
-    assert templates.update_workflow_template(template=read).version == 2
-    with pytest.raises(exceptions.GoogleAPICallError, match="version is 2"):
-        templates.update_workflow_template(template=read)
-    assert [one.id for one in templates.list_workflow_templates(parent=PARENT)] == ["daily"]
-    templates.delete_workflow_template(name=name)
-    with pytest.raises(exceptions.NotFound):
-        templates.get_workflow_template(name=name)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{}, {"DAY": "3 January"}, {"DAY": "2024-01-03", "OTHER": "x"}],
-    ids=["missing", "wrong", "unknown"],
-)
-def test_parameters_are_checked(templates: Any, drivers: Drivers, values: dict[str, str]) -> None:
+    drivers.hold("gs://code/a.py")
+    job_id = submit(jobs, make_job()).reference.job_id
+    server.core.wait_for(lambda: len(drivers.started) == 1)
     with pytest.raises(exceptions.BadRequest):
-        instantiate(templates, parameters=values)
-    assert not drivers.started
+        jobs.delete_job(job_id=job_id, **PLACE)
+    connect(dp.ClusterControllerClient).delete_cluster(cluster_name="etl", **PLACE).result(polling=POLLING)
+    job = ended(server, jobs, job_id)
+    assert (job.status.state, job.status.details) == (
+        State.ERROR,
+        "The cluster was deleted while the job was active",
+    )
+    jobs.delete_job(job_id=job_id, **PLACE)
+    assert not list(jobs.list_jobs(**PLACE))
+
+
+def test_a_runner_that_breaks_is_a_job_in_error(
+    server: Server, jobs: Any, cluster: str, outputs: dict[str, bytes]
+) -> None:
+    job = ended(server, jobs, submit(jobs, make_job("gs://code/broken.py")).reference.job_id)
+    assert job.status.state == State.ERROR
+    assert b"the runner failed: RuntimeError" in outputs[f"{job.driver_output_resource_uri}.000000000"]
+
+
+def test_an_output_that_cannot_be_stored_is_a_job_in_error(drivers: Drivers) -> None:
+    def refuse(uri: str, content: bytes) -> None:
+        raise OSError("no space left")
+
+    with serving(drivers, store=refuse) as server:
+        clusters, jobs = connected(server)
+        clusters.create_cluster(cluster={"cluster_name": "etl"}, **PLACE).result(polling=POLLING)
+        job = ended(server, jobs, submit(jobs, make_job()).reference.job_id)
+    assert "could not be stored: OSError: no space left" in job.status.details
+
+
+def test_a_policy_is_made_read_and_replaced(connect: Callable[[Any], Any]) -> None:
+    policies, clusters = connect(dp.AutoscalingPolicyServiceClient), connect(dp.ClusterControllerClient)
+    name = f"{PARENT}/autoscalingPolicies/etl-policy"
+    cluster = {"cluster_name": "etl", "config": {"autoscaling_config": {"policy_uri": name}}}
+    with pytest.raises(exceptions.NotFound):
+        policies.get_autoscaling_policy(name=name)
+    with pytest.raises(exceptions.NotFound):
+        clusters.create_cluster(cluster=cluster, **PLACE)
+    policy = dp.AutoscalingPolicy(id="etl-policy", worker_config={"max_instances": 2})
+    assert policies.create_autoscaling_policy(parent=PARENT, policy=policy).name == name
+    with pytest.raises(exceptions.Conflict):
+        policies.create_autoscaling_policy(parent=PARENT, policy=policy)
+    clusters.create_cluster(cluster=cluster, **PLACE).result(polling=POLLING)
+    changed = policies.get_autoscaling_policy(name=name)
+    changed.worker_config.max_instances = 5
+    policies.update_autoscaling_policy(policy=changed)
+    assert policies.get_autoscaling_policy(name=name).worker_config.max_instances == 5
+    assert [one.id for one in policies.list_autoscaling_policies(parent=PARENT)] == ["etl-policy"]
+    with pytest.raises(exceptions.BadRequest, match="is used by etl"):
+        policies.delete_autoscaling_policy(name=name)
+
+
+def test_a_batch_has_one_life(server: Server, drivers: Drivers, connect: Callable[[Any], Any]) -> None:
+    batches = connect(dp.BatchControllerClient)
+    parent = PARENT.replace("/regions/", "/locations/")
+
+    def create(batch_id: str, *args: str) -> Any:
+        program = {"main_python_file_uri": "gs://code/b.py", "args": args}
+        batch = {"pyspark_batch": program, "labels": {"stage": "score"}}
+        return batches.create_batch(parent=parent, batch=batch, batch_id=batch_id)
+
+    made = create("score-2024-01-03").result(polling=POLLING)
+    assert (made.state.name, made.name) == ("SUCCEEDED", f"{parent}/batches/score-2024-01-03")
+    with pytest.raises(exceptions.Conflict):
+        create("score-2024-01-03")
+    with pytest.raises(exceptions.BadRequest):
+        create("Score")
+    with pytest.raises(exceptions.GoogleAPICallError, match="driver exit 3"):
+        create("score-2024-01-04", "3").result(polling=POLLING)
+    drivers.hold("gs://code/b.py")
+    held = create("score-2024-01-05")
+    server.core.wait_for(lambda: len(drivers.started) == 3)
+    batches.cancel_operation(request={"name": held.operation.name})
+    with pytest.raises(exceptions.GoogleAPICallError, match="was cancelled"):
+        held.result(polling=POLLING)
+    states = {
+        batch.name.rpartition("/")[2]: batch.state.name for batch in batches.list_batches(parent=parent)
+    }
+    assert states == {
+        "score-2024-01-03": "SUCCEEDED",
+        "score-2024-01-04": "FAILED",
+        "score-2024-01-05": "CANCELLED",
+    }
+    assert batches.get_batch(name=made.name).labels == {"stage": "score"}
+
+
+def test_an_answer_is_what_was_so_when_it_was_given(server: Server) -> None:
+    clusters, jobs = connected(server)
+    clusters.create_cluster(cluster={"cluster_name": "etl"}, **PLACE).result(polling=POLLING)
+    answer = server.core.call("SubmitJob", dp.SubmitJobRequest(job=make_job(), **PLACE))
+    assert ended(server, jobs, answer.reference.job_id).status.state == State.DONE
+    assert answer.status.state == State.PENDING
+
+
+def test_closing_ends_what_runs(drivers: Drivers) -> None:
+    with serving(drivers) as server:
+        clusters, jobs = connected(server)
+        clusters.create_cluster(cluster={"cluster_name": "etl"}, **PLACE).result(polling=POLLING)
+        gate = drivers.hold("gs://code/a.py")
+        submit(jobs, make_job())
+        server.core.wait_for(lambda: len(drivers.started) == 1)
+    assert gate.is_set()  # by stop: nobody else has opened it
+    assert {job.status.state for job in server.core.jobs.by_id.values()} == {State.ERROR}
