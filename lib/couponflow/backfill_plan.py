@@ -120,7 +120,7 @@ def plan(config: Config, name: str, dates: DateRange, reprocess: str = "none") -
     if name != ALL:
         planner.add(name, dates)
         return planner.plan
-    sends = _reached_sends(config, dates)
+    sends = reached_sends(config, dates)
     planner.add("clean_events", dates)
     planner.add("clean_feeds", dates)
     planner.add("sessionize", scopes.touched_dates(dates, config))
@@ -133,7 +133,7 @@ def plan(config: Config, name: str, dates: DateRange, reprocess: str = "none") -
     return planner.plan
 
 
-def _reached_sends(config: Config, dates: DateRange) -> DateRange:
+def reached_sends(config: Config, dates: DateRange) -> DateRange:
     """Send dates whose label windows a delivery can reach, late proofs inside the horizon included.
 
     A campaign's period is not known before its feed is cleaned, and mails older than the data are delivered

@@ -16,6 +16,7 @@ from couponflow import (
     explanations,
     model_commands,
     pipeline,
+    submit_commands,
     upkeep,
 )
 from couponflow.commands import DEFAULT_CONFIG, AsJson, DryRun, LazySpark, Reason, errors_as_exit_codes
@@ -24,6 +25,7 @@ from couponflow.dates import DateRange, parse_day
 from couponflow.entry import Campaign, ConfigPath, Dates, FromScratch, Model, Overrides, record_run
 from couponflow.errors import ConfigError, CouponflowError
 from couponflow.lake import leases, runs, storage
+from couponflow.submit_commands import On
 
 app = typer.Typer(
     help="Decide who gets a coupon mail: from raw browsing logs to an exported audience.",
@@ -163,18 +165,26 @@ def status(
     content: Annotated[
         bool, typer.Option("--content", help="Rows and content hash of every table instead of the runs.")
     ] = False,
+    on: On = "local",
+    env: Annotated[str, typer.Option("--env", metavar="ENV", help="Environment of --on dataproc.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Show the runs of this lake, oldest first, with the reason of each failure, and who holds what now.
 
     With --content: what the tables hold. Equal hashes mean equal rows, whatever the files and versions.
+    With --on dataproc: the jobs of an environment, with state, time and estimated cost.
 
     Example: couponflow status --job train
+
+    Example: couponflow status --on dataproc --env dev
     """
     with errors_as_exit_codes():
         known = ("land", *pipeline.UPKEEP, *pipeline.JOBS)
         if job and job not in known:
             raise ConfigError(f"unknown job {job!r}; one of {', '.join(sorted(known))}")
+        if submit_commands.is_remote(on, env):
+            submit_commands.show_status(env, job, as_json)
+            return
         settings = _load(config, overrides)
         if content:
             _show_content(settings, LazySpark(settings)(), as_json)
@@ -207,6 +217,8 @@ def status(
 
 app.command()(upkeep.erase)
 app.command()(upkeep.maintain)
+app.command()(submit_commands.submit)
+app.command()(submit_commands.cancel)
 app.command()(checks.check)
 app.command()(explanations.explain)
 
