@@ -131,21 +131,34 @@ def backfill(
     max_active_runs: Annotated[
         int, typer.Option("--max-active-runs", help="Runs at once, where they replace other dates.")
     ] = 1,
+    on: On = "local",
+    env: Annotated[str, typer.Option("--env", metavar="ENV", help="Environment of --on dataproc.")] = "",
+    cluster: Annotated[
+        str, typer.Option("--cluster", help="Cluster of --on dataproc; without it one of its own.")
+    ] = "",
     dry_run: DryRun = False,
 ) -> None:
     """Run past dates of one job, or of every stage that they reach; finished dates are skipped.
 
     The vocabulary in use is taken as it is. Stopped or killed, the same command goes on where it was.
+    With --on dataproc every chunk is a job there, under the config of the environment.
 
     Example: couponflow backfill all --from-date 2017-10-01 --to-date 2017-10-07 --dry-run
+
+    Example: couponflow backfill all --from-date 2017-10-01 --to-date 2017-10-31 --on dataproc --env dev
     """
     with errors_as_exit_codes():
         from couponflow import backfill as backfilling
         from couponflow import backfill_plan
 
-        settings = _load(config, overrides)
         dates = DateRange(parse_day(from_date), parse_day(to_date) + timedelta(days=1))
         order = backfilling.Order(chunk_days, run_backwards, order_seed, max_active_runs)
+        if submit_commands.is_remote(on, env):
+            if overrides:
+                raise ConfigError("--set changes nothing on Dataproc; change the environment's file")
+            submit_commands.run_backfill(env, name, dates, order, reprocess_behavior, cluster, dry_run)
+            return
+        settings = _load(config, overrides)
         planned = backfill_plan.plan(settings, name, dates, reprocess_behavior)
         console.show_backfill(f"Backfill of {name} {dates}", planned)
         planned.check()

@@ -1,12 +1,16 @@
 """The commands about jobs on Dataproc: submit a job or a workflow, cancel a job, show the jobs there are."""
 
-import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from couponflow import console
+from couponflow.backfill import Order
 from couponflow.commands import DryRun, errors_as_exit_codes
 from couponflow.dates import DateRange
 from couponflow.entry import Campaign, Dates, Model
@@ -33,6 +37,27 @@ CancelOnInterrupt = Annotated[
 ]
 #: What a shell reports of a command that Ctrl-C has ended.
 _INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How a submission is to go on once it is accepted."""
+
+    env: str
+    waits: bool
+    cancels_on_interrupt: bool
+    is_dry_run: bool
+
+    @contextmanager
+    def interruptible(self, cancel: Callable[[], object], goes_on: str) -> Iterator[None]:
+        """Ctrl-C leaves what was started alone and says so, or cancels it, as asked for."""
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if self.cancels_on_interrupt:
+                cancel()
+            typer.echo("cancelled" if self.cancels_on_interrupt else goes_on, err=True)
+            raise typer.Exit(_INTERRUPTED) from error
 
 
 def submit(
@@ -70,10 +95,11 @@ def submit(
 
         deployment = preflight.deployment(env)
         if workflow:
-            _submit_workflow(deployment, workflow, dates, campaign, attempt, wait, dry_run)
+            asked = _Asked(env, wait, cancel_on_interrupt, dry_run)
+            _submit_workflow(deployment, workflow, dates, campaign, attempt, asked)
         else:
             work = Work(name, dates, campaign, model, attempt)
-            _submit_job(deployment, work, cluster, wait, cancel_on_interrupt, dry_run)
+            _submit_job(deployment, work, cluster, _Asked(env, wait, cancel_on_interrupt, dry_run))
 
 
 def cancel(
@@ -132,9 +158,46 @@ def show_status(env: str, stage: str, as_json: bool) -> None:
     )
 
 
-def _submit_job(
-    deployment: Any, work: Any, cluster: str, wait: bool, cancel_on_interrupt: bool, dry_run: bool
+def run_backfill(
+    env: str, name: str, dates: DateRange, order: Order, reprocess: str, cluster: str, dry_run: bool
 ) -> None:
+    """Plan and run a backfill as jobs on Dataproc."""
+    from couponflow import backfill, backfill_plan, remote_backfill
+    from couponflow.cloud import preflight
+
+    deployment = preflight.deployment(env)
+    started = datetime.now(UTC)
+    planned = backfill_plan.plan(deployment.config, name, dates, reprocess)
+    console.show_backfill(f"Backfill of {name} {dates} on Dataproc", planned)
+    _show_estimates(remote_backfill.estimates(deployment, planned), deployment.cloud.prices.currency)
+    planned.check()
+    if dry_run:
+        return
+    place = remote_backfill.Remote(deployment, name, dates, started, cluster)
+    try:
+        with console.RunDisplay(lambda: None, "days") as progress:
+            outcomes = backfill.run_plan(deployment.config, planned, order, place, progress)
+    except KeyboardInterrupt as error:
+        typer.echo("jobs that run go on; the same command meets them", err=True)
+        raise typer.Exit(_INTERRUPTED) from error
+    typer.echo(f"{sum(len(o.stage.dates) for o in outcomes)} days of stages in {len(outcomes)} jobs")
+
+
+def _show_estimates(found: dict[str, Any], currency: str) -> None:
+    rows = [
+        [
+            stage,
+            "" if one.seconds is None else round(one.seconds),
+            "" if one.amount is None else f"{one.amount:.2f}",
+        ]
+        for stage, one in found.items()
+    ]
+    if rows:
+        columns = ["stage", "seconds of jobs", f"{currency}"]
+        console.show_rows("Estimated by earlier runs there; empty: none yet", columns, rows)
+
+
+def _submit_job(deployment: Any, work: Any, cluster: str, asked: _Asked) -> None:
     from couponflow.cloud import requests, submission
     from couponflow.cloud.dataproc import Dataproc
 
@@ -149,7 +212,7 @@ def _submit_job(
     first = replace(work, attempt=work.attempt or 1)
     target, ephemeral = cluster_of(first)
     request = requests.job_request(deployment.specs, cloud, release, first, target)
-    if dry_run:
+    if asked.is_dry_run:
         shown = {"createCluster": ephemeral} if ephemeral else {}
         console.show_json({**shown, "submitJob": request})
         return
@@ -169,35 +232,27 @@ def _submit_job(
             f"job {job.id}: attempt {met.work.attempt} of {work.name} {work.dates} is there, state "
             f"{job.state}; --attempt {met.work.attempt + 1} would run it anew"
         )
-    if not wait:
-        typer.echo(
-            f"`couponflow status --on dataproc --env ENV` shows it, `couponflow cancel {job.id}` ends it"
-        )
+    end = f"`couponflow cancel {job.id} --env {asked.env}` ends it"
+    if not asked.waits:
+        typer.echo(f"`couponflow status --on dataproc --env {asked.env}` shows it, {end}")
         return
-    started = time.monotonic()
     try:
-        submission.follow(dataproc, deployment, job, _show_output)
-    except KeyboardInterrupt as error:
-        if cancel_on_interrupt:
-            dataproc.cancel(job.id)
-            typer.echo(f"job {job.id}: cancelled", err=True)
-        else:
-            typer.echo(f"job {job.id} goes on; `couponflow cancel {job.id} --env ENV` ends it", err=True)
-        raise typer.Exit(_INTERRUPTED) from error
+        with asked.interruptible(lambda: dataproc.cancel(job.id), f"job {job.id} goes on; {end}"):
+            ended = submission.follow(dataproc, deployment, job, _show_output)
     finally:
-        ended = dataproc.find(job.id)
-        if ephemeral is not None and ended is not None and not ended.is_active:
-            dataproc.delete_cluster(target)
-    typer.echo(f"job {job.id}: done in {time.monotonic() - started:.1f} s")
+        if ephemeral is not None:
+            submission.give_back(dataproc, target, job.id)
+    assert ended.ended is not None  # it has
+    typer.echo(f"job {job.id}: done in {(ended.ended - ended.started).total_seconds():.1f} s")
 
 
 def _submit_workflow(
-    deployment: Any, name: str, dates: DateRange, campaign: str, attempt: int, wait: bool, dry_run: bool
+    deployment: Any, name: str, dates: DateRange, campaign: str, attempt: int, asked: _Asked
 ) -> None:
     from couponflow.cloud import submission, workflows
     from couponflow.cloud.dataproc import Dataproc
 
-    if dry_run:
+    if asked.is_dry_run:
         request = workflows.workflow_request(
             deployment.specs,
             deployment.config,
@@ -216,17 +271,13 @@ def _submit_workflow(
         typer.echo(f"workflow {name} {dates}: run {run} is done already; --attempt N runs it anew")
         return
     typer.echo(f"workflow {name} {dates}: run {run}, operation {started.operation}")
-    if not wait:
+    look = f"`couponflow status --on dataproc --env {asked.env}` shows its jobs"
+    if not asked.waits:
+        typer.echo(look)
         return
-    try:
+    cancel = partial(dataproc.cancel_workflow, started.operation)
+    with asked.interruptible(cancel, f"workflow {name} goes on; {look}"):
         submission.follow_workflow(dataproc, deployment, started, _show_output)
-    except KeyboardInterrupt as error:
-        typer.echo(
-            "the workflow goes on; `couponflow status --on dataproc --env ENV` shows its jobs, "
-            "`couponflow cancel JOB` of one ends it",
-            err=True,
-        )
-        raise typer.Exit(_INTERRUPTED) from error
     typer.echo(f"workflow {name} {dates}: done")
 
 

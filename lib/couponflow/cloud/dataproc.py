@@ -117,11 +117,13 @@ class Dataproc:
             except NotFound:
                 return None
 
-    def jobs(self, labels: Mapping[str, str]) -> list[Job]:
-        """All jobs with these labels, oldest first."""
-        terms = " AND ".join(f"labels.{name} = {value}" for name, value in labels.items())
+    def jobs(self, labels: Mapping[str, str], only_active: bool = False) -> list[Job]:
+        """All jobs with these labels, or those that still work, oldest first."""
+        terms = ["status.state = ACTIVE"] * only_active
+        terms += [f"labels.{name} = {value}" for name, value in labels.items()]
         with self._errors("list of jobs"):
-            found = [_job(one) for one in self._call("jobs", "list_jobs", self._named(filter=terms))]
+            listed = self._call("jobs", "list_jobs", self._named(filter=" AND ".join(terms)))
+            found = [_job(one) for one in listed]
         return sorted(found, key=lambda job: (job.started, job.id))
 
     def cancel(self, job_id: str) -> Job:
@@ -238,6 +240,11 @@ class Dataproc:
             if found.is_done:
                 return found
             self._pause(started)
+
+    def cancel_workflow(self, operation: str) -> None:
+        """Ask a workflow to end: its jobs are cancelled, its cluster is deleted."""
+        with self._errors(f"operation {operation}"):
+            self._call("workflows", "cancel_operation", {"name": operation})
 
     def _create(self, request: Mapping[str, Any], name: str) -> None:
         from google.api_core.exceptions import Conflict

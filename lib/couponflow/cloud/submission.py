@@ -4,6 +4,7 @@ An attempt that failed or was cancelled is followed by the next one; one that ru
 So the same command again, after a crash of its own or from another machine, starts nothing twice.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -14,6 +15,8 @@ from couponflow.cloud.outcomes import DriverOutput, failure
 from couponflow.cloud.preflight import Deployment
 from couponflow.dates import DateRange
 from couponflow.errors import CouponflowError, InfraError
+
+log = logging.getLogger("couponflow")
 
 _MAX_ATTEMPTS = 50
 Print = Callable[[str], None]
@@ -75,8 +78,8 @@ def start(
     )
 
 
-def follow(dataproc: Dataproc, deployment: Deployment, job: Job, show: Print) -> Job:
-    """Wait for a job's end, and pass on what its driver prints.
+def follow(dataproc: Dataproc, deployment: Deployment, job: Job, show: Print | None = None) -> Job:
+    """Wait for a job's end; pass on what its driver prints, if it shall be shown.
 
     Raises:
         ConfigError, DataError, ConflictError, InfraError: what its driver has ended with.
@@ -84,14 +87,26 @@ def follow(dataproc: Dataproc, deployment: Deployment, job: Job, show: Print) ->
     output = DriverOutput()
 
     def look(seen: Job) -> None:
-        if text := output.more(seen):
+        if show is not None and (text := output.more(seen)):
             show(text)
 
     ended = dataproc.wait(job.id, look)
+    if show is None and ended.state != DONE:
+        output.more(ended)
     error = failure(deployment.config.lake.root_uri, ended, output)
     if error is not None:
         raise error
     return ended
+
+
+def give_back(dataproc: Dataproc, cluster: str, job_id: str = "") -> None:
+    """Delete the cluster that lived for some work, unless its job goes on; left alone it ends by itself."""
+    try:
+        job = dataproc.find(job_id) if job_id else None
+        if job is None or not job.is_active:
+            dataproc.delete_cluster(cluster)
+    except CouponflowError as error:  # must not hide how the work has ended
+        log.warning("cluster %s is not deleted (%s); it ends by itself when it has been idle", cluster, error)
 
 
 def start_workflow(
