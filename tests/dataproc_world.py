@@ -1,5 +1,8 @@
 """An environment whose services are stand-ins: Dataproc of ``dataproc_server``, and fake-gcs-server."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +13,7 @@ from uuid import uuid4
 
 from dataproc_drivers import Drivers
 from dataproc_server import Server, serving
-from deploy_files import DEPLOY
+from deploy_files import DEPLOY, ROOT
 from google.cloud import dataproc_v1 as dp
 from typer.testing import CliRunner, Result
 
@@ -41,6 +44,13 @@ class World:
     def call(self, *args: str) -> Result:
         """One call of the command line."""
         return CliRunner().invoke(app, [*args, "--env", str(self.file)])
+
+    def spawn(self, *args: str) -> subprocess.Popen[str]:
+        """The command line in a process of its own."""
+        command = [sys.executable, "-m", "couponflow.cli", *args, "--env", str(self.file)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "lib"), str(ROOT)])}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
     def hold(self, stage: str) -> threading.Event:
         """Drivers of a stage wait until the event is set."""

@@ -1,16 +1,12 @@
 """``couponflow submit`` on stand-ins of Dataproc and of the object store: one job, whatever gets lost."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from dataproc_world import State, World, world, write_environment
-from deploy_files import ROOT
 from typer.testing import CliRunner
 
 from couponflow.cli import app
@@ -115,7 +111,7 @@ def test_a_final_failure_is_told_in_the_words_of_the_driver(here: World) -> None
 REFUSALS = [
     ("SubmitJob", "RESOURCE_EXHAUSTED", 5, "quota exhausted"),
     ("SubmitJob", "PERMISSION_DENIED", 5, "access denied"),
-    ("SubmitJob", "UNAUTHENTICATED", 5, "access denied"),
+    ("SubmitJob", "UNAUTHENTICATED", 5, "no valid credentials"),
     ("CreateCluster", "RESOURCE_EXHAUSTED", 5, "lower num_workers and max_secondary_workers"),
     ("CreateCluster", "INVALID_ARGUMENT", 2, "Dataproc refuses the request"),
     ("CreateCluster", "NOT_FOUND", 2, "create what it names"),
@@ -171,18 +167,9 @@ def test_a_job_is_cancelled(here: World) -> None:
     assert here.call("cancel", "no-such-job").exit_code == 2
 
 
-def spawn(here: World, *args: str) -> subprocess.Popen[str]:
-    """The command line in a process of its own, in a group of its own."""
-    command = [sys.executable, "-m", "couponflow.cli", *args, "--env", str(here.file)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "lib"), str(ROOT)])}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def test_a_client_that_is_killed_and_started_again_meets_its_job(here: World) -> None:
     gate = here.hold("sessionize")
-    killed = spawn(here, "submit", "sessionize", *DAY)
+    killed = here.spawn("submit", "sessionize", *DAY)
     here.core.wait_for(lambda: bool(here.jobs) and here.jobs[0].status.state == State.RUNNING, 120)
     killed.kill()
     killed.communicate()
@@ -196,7 +183,7 @@ def test_a_client_that_is_killed_and_started_again_meets_its_job(here: World) ->
 @pytest.mark.parametrize("cancels", [False, True])
 def test_an_interrupt_leaves_the_job_or_cancels_it(here: World, cancels: bool) -> None:
     gate = here.hold("sessionize")
-    client = spawn(here, "submit", "sessionize", *DAY, *["--cancel-on-interrupt"] * cancels)
+    client = here.spawn("submit", "sessionize", *DAY, *["--cancel-on-interrupt"] * cancels)
     here.core.wait_for(lambda: bool(here.jobs) and here.jobs[0].status.state == State.RUNNING, 120)
     (job,) = here.jobs
     polls = here.count("GetJob")

@@ -313,12 +313,12 @@ class Dataproc:
                 f"{where}: quota exhausted ({_text(error)}); submit again later, ask for more quota, or "
                 "lower num_workers and max_secondary_workers of the environment"
             ) from error
-        except (exceptions.Forbidden, exceptions.Unauthorized) as error:
+        except exceptions.Forbidden as error:
             raise InfraError(
                 f"{where}: access denied ({_text(error)}); check cloud.project, log in as {account}, and "
                 "grant it roles/dataproc.editor and roles/iam.serviceAccountUser"
             ) from error
-        except (DefaultCredentialsError, RefreshError) as error:
+        except (exceptions.Unauthorized, DefaultCredentialsError, RefreshError) as error:
             raise InfraError(
                 f"{where}: no valid credentials ({_text(error)}); run `gcloud auth application-default login "
                 f"--impersonate-service-account {account}`, then submit again"
