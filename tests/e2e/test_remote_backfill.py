@@ -1,4 +1,4 @@
-"""``couponflow backfill --on dataproc``: chunks as jobs that leave run records; resumed, refused, in order."""
+"""``couponflow backfill --on dataproc``: chunks as jobs that leave run records, resumed and refused."""
 
 from collections.abc import Iterator
 from datetime import timedelta

@@ -272,3 +272,14 @@ def test_expired_credentials_are_told_before_anything_starts(
     assert failed.exit_code == 5
     assert "no valid credentials" in failed.stderr
     assert "gcloud auth application-default login" in failed.stderr
+
+
+def test_what_a_driver_prints_is_read_on_from_a_store(bucket: str) -> None:
+    blob = storage._blob(f"{bucket}/output")
+    blob.upload_from_string(b"one\n")
+    assert storage.read_from(f"{bucket}/output", 0) == b"one\n"
+    assert storage.read_from(f"{bucket}/output", 4) == b""
+    blob.upload_from_string(b"one\ntwo\n")
+    assert storage.read_from(f"{bucket}/output", 4) == b"two\n"
+    assert storage.has_bucket(bucket.removeprefix("gs://"))
+    assert not storage.has_bucket("couponflow-is-not-there")
