@@ -56,7 +56,7 @@ class Remote:
             yield lambda: None
         finally:
             if self._is_own and not self._stop.is_set():
-                submission.give_back(self._dataproc, self._cluster)
+                submission.give_back(self._dataproc, self._cluster, self.run)
 
     def stage(self, part: Part) -> Callable[[DateRange], runs.RunRecord]:
         """What runs one chunk of a stage as a job, or meets the job that does."""

@@ -155,3 +155,20 @@ def test_a_job_that_still_waits_for_its_turn_is_a_holder_too(here: World) -> Non
     assert len(here.jobs) == 1
     assert job.status.state != State.DONE
     assert storage.list_names(f"{here.lake}/runs") == []
+
+
+def test_a_cluster_stays_while_a_job_of_it_goes_on(here: World) -> None:
+    """The command fails as the service refuses its polls; the job that it has started lives on."""
+    gate = here.hold("monitor")
+    here.core.works.submit(
+        lambda: (
+            here.core.wait_for(lambda: here.drivers.at_once == 1),
+            here.core.faults.refuse("GetJob", "PERMISSION_DENIED"),
+        )
+    )
+    failed = here.call("backfill", "monitor", *WEEK, *REMOTE)
+    assert failed.exit_code == 5
+    assert here.count("DeleteCluster") == 0
+    (job,) = here.jobs
+    gate.set()
+    here.core.wait_for(lambda: job.status.state == State.DONE)

@@ -99,11 +99,13 @@ def follow(dataproc: Dataproc, deployment: Deployment, job: Job, show: Print | N
     return ended
 
 
-def give_back(dataproc: Dataproc, cluster: str, job_id: str = "") -> None:
-    """Delete the cluster that lived for some work, unless its job goes on; left alone it ends by itself."""
+def give_back(dataproc: Dataproc, cluster: str, run: str) -> None:
+    """Delete the cluster that lived for the jobs of this label ``run``, unless one of them goes on.
+
+    Left alone it ends by itself when it has been idle.
+    """
     try:
-        job = dataproc.find(job_id) if job_id else None
-        if job is None or not job.is_active:
+        if not dataproc.jobs({"app": "couponflow", "run": run}, only_active=True):
             dataproc.delete_cluster(cluster)
     except CouponflowError as error:  # must not hide how the work has ended
         log.warning("cluster %s is not deleted (%s); it ends by itself when it has been idle", cluster, error)
