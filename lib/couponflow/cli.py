@@ -16,6 +16,7 @@ from couponflow import (
     explanations,
     model_commands,
     pipeline,
+    submit_commands,
     upkeep,
 )
 from couponflow.commands import DEFAULT_CONFIG, AsJson, DryRun, LazySpark, Reason, errors_as_exit_codes
@@ -24,6 +25,7 @@ from couponflow.dates import DateRange, parse_day
 from couponflow.entry import Campaign, ConfigPath, Dates, FromScratch, Model, Overrides, record_run
 from couponflow.errors import ConfigError, CouponflowError
 from couponflow.lake import leases, runs, storage
+from couponflow.submit_commands import On
 
 app = typer.Typer(
     help="Decide who gets a coupon mail: from raw browsing logs to an exported audience.",
@@ -129,21 +131,34 @@ def backfill(
     max_active_runs: Annotated[
         int, typer.Option("--max-active-runs", help="Runs at once, where they replace other dates.")
     ] = 1,
+    on: On = "local",
+    env: Annotated[str, typer.Option("--env", metavar="ENV", help="Environment of --on dataproc.")] = "",
+    cluster: Annotated[
+        str, typer.Option("--cluster", help="Cluster of --on dataproc; without it one of its own.")
+    ] = "",
     dry_run: DryRun = False,
 ) -> None:
     """Run past dates of one job, or of every stage that they reach; finished dates are skipped.
 
     The vocabulary in use is taken as it is. Stopped or killed, the same command goes on where it was.
+    With --on dataproc every chunk is a job there, under the config of the environment.
 
     Example: couponflow backfill all --from-date 2017-10-01 --to-date 2017-10-07 --dry-run
+
+    Example: couponflow backfill all --from-date 2017-10-01 --to-date 2017-10-31 --on dataproc --env dev
     """
     with errors_as_exit_codes():
         from couponflow import backfill as backfilling
         from couponflow import backfill_plan
 
-        settings = _load(config, overrides)
         dates = DateRange(parse_day(from_date), parse_day(to_date) + timedelta(days=1))
         order = backfilling.Order(chunk_days, run_backwards, order_seed, max_active_runs)
+        if submit_commands.is_remote(on, env):
+            if overrides:
+                raise ConfigError("--set changes nothing on Dataproc; change the environment's file")
+            submit_commands.run_backfill(env, name, dates, order, reprocess_behavior, cluster, dry_run)
+            return
+        settings = _load(config, overrides)
         planned = backfill_plan.plan(settings, name, dates, reprocess_behavior)
         console.show_backfill(f"Backfill of {name} {dates}", planned)
         planned.check()
@@ -163,18 +178,26 @@ def status(
     content: Annotated[
         bool, typer.Option("--content", help="Rows and content hash of every table instead of the runs.")
     ] = False,
+    on: On = "local",
+    env: Annotated[str, typer.Option("--env", metavar="ENV", help="Environment of --on dataproc.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Show the runs of this lake, oldest first, with the reason of each failure, and who holds what now.
 
     With --content: what the tables hold. Equal hashes mean equal rows, whatever the files and versions.
+    With --on dataproc: the jobs of an environment, with state, time and estimated cost.
 
     Example: couponflow status --job train
+
+    Example: couponflow status --on dataproc --env dev
     """
     with errors_as_exit_codes():
         known = ("land", *pipeline.UPKEEP, *pipeline.JOBS)
         if job and job not in known:
             raise ConfigError(f"unknown job {job!r}; one of {', '.join(sorted(known))}")
+        if submit_commands.is_remote(on, env):
+            submit_commands.show_status(env, job, as_json)
+            return
         settings = _load(config, overrides)
         if content:
             _show_content(settings, LazySpark(settings)(), as_json)
@@ -207,6 +230,8 @@ def status(
 
 app.command()(upkeep.erase)
 app.command()(upkeep.maintain)
+app.command()(submit_commands.submit)
+app.command()(submit_commands.cancel)
 app.command()(checks.check)
 app.command()(explanations.explain)
 

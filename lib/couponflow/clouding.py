@@ -26,6 +26,8 @@ Zone = Annotated[str, Field(pattern="^(auto|[a-z]+-[a-z]+[0-9]+-[a-z])$")]
 MachineType = Annotated[str, Field(pattern="^[a-z][a-z0-9]*-[a-z]+-[0-9]+g?$")]
 LabelKey = Annotated[str, Field(pattern="^[a-z][a-z0-9_-]{0,62}$")]
 LabelValue = Annotated[str, Field(pattern="^[a-z0-9_-]{1,63}$")]
+#: Of a stand-in of Dataproc: it gets no credentials, so it may only be on this machine.
+Loopback = Annotated[str, Field(pattern=r"^((http|grpc)://(127\.0\.0\.1|localhost):[0-9]{1,5})?$")]
 Amount = Annotated[float, Field(ge=0.0)]
 
 #: Bounds of the service, seconds.
@@ -152,6 +154,11 @@ class CloudConfig(Section):
         description="Google Cloud project, by id."
     )
     region: Annotated[str, Field(pattern="^[a-z]+-[a-z]+[0-9]+$")] = Field(description="Such as us-west1.")
+    endpoint: Loopback = Field(
+        default="",
+        description="Stand-in of Dataproc in tests, http://127.0.0.1:PORT (REST) or grpc://127.0.0.1:PORT; "
+        "empty is Google's own.",
+    )
     subnetwork: Name = Field(description="Subnetwork of the region with Private Google Access.")
     network_tag: Name = Field(
         description="Network tag of every node; a firewall rule lets nodes of this tag talk to each other."

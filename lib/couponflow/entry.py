@@ -1,14 +1,17 @@
 """What all jobs share: argument types, the run record around a job, exit codes."""
 
+import functools
+import inspect
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 
@@ -16,7 +19,7 @@ from couponflow import campaign_file, scopes
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, CouponflowError, DataError, InfraError
-from couponflow.lake import faults, leases, runs
+from couponflow.lake import attempts, faults, leases, runs
 
 log = logging.getLogger("couponflow")
 
@@ -93,6 +96,15 @@ FromScratch = Annotated[
     bool, typer.Option("--from-scratch", help="Train without the checkpoints of a run that died.")
 ]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Log lines as JSON, for machines.")]
+AttemptKey = Annotated[
+    str,
+    typer.Option(
+        "--attempt-key", help="Id of the job on Dataproc; one that may not start again ends at once."
+    ),
+]
+_Main = TypeVar("_Main", bound=Callable[..., Any])
+#: Of the job that this process was started for; empty where nobody starts it again.
+_ATTEMPT_KEY: ContextVar[str] = ContextVar("attempt key", default="")
 
 
 def today() -> DateRange:
@@ -100,9 +112,41 @@ def today() -> DateRange:
     return DateRange.day(datetime.now(UTC).date())
 
 
+class _JobApp(typer.Typer):
+    """Gives every job, besides its own options, ``--attempt-key``, which ``open_run`` reads of this call."""
+
+    def command(self, *args: Any, **kwargs: Any) -> Callable[[_Main], _Main]:
+        """Register a job's ``main``."""
+        decorate = super().command(*args, **kwargs)
+
+        def register(main: _Main) -> _Main:
+            decorate(_with_attempt_key(main))
+            return main
+
+        return register
+
+
+def _with_attempt_key(main: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(main)
+    def call(*args: Any, attempt_key: str = "", **kwargs: Any) -> Any:
+        token = _ATTEMPT_KEY.set(attempt_key)
+        try:
+            return main(*args, **kwargs)
+        finally:
+            _ATTEMPT_KEY.reset(token)
+
+    own = inspect.signature(main)
+    added = inspect.Parameter(
+        "attempt_key", inspect.Parameter.KEYWORD_ONLY, default="", annotation=AttemptKey
+    )
+    call.__signature__ = own.replace(parameters=[*own.parameters.values(), added])  # type: ignore[attr-defined]  # any function takes it
+    call.__annotations__ = {**main.__annotations__, "attempt_key": AttemptKey}
+    return call
+
+
 def job_app(doc: str | None) -> typer.Typer:
     """The Typer app of one job: plain help and plain tracebacks, for cluster logs."""
-    return typer.Typer(help=doc, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    return _JobApp(help=doc, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 class _JsonLines(logging.Formatter):
@@ -168,11 +212,13 @@ def record_run(
     model: str = "",
     fingerprint: str = "",
     within: str = "",
+    attempt_key: str = "",
 ) -> Iterator[Run]:
     """Hold a job's lease and its run record around it; the record is written once, with how the job ended.
 
     A job of a campaign gets the config as the campaign's declaration changes it (``campaign_file``).
-    ``within`` is the run, such as a backfill, whose own lease covers this one.
+    ``within`` is the run, such as a backfill, whose own lease covers this one; ``attempt_key`` the id of the
+    job on a cluster that this is.
 
     Raises:
         ConflictError: another run holds a range that the job writes. It has not started: no record.
@@ -181,7 +227,7 @@ def record_run(
     root_uri = config.lake.root_uri
     arguments = {key: value for key, value in (("campaign", campaign), ("model", model)) if value}
     record = runs.start(name, str(dates), arguments, config.fingerprint())
-    record.fingerprint = fingerprint
+    record.fingerprint, record.attempt_key = fingerprint, attempt_key
     record.config = config.model_dump(mode="json")
     faults.check(root_uri, config.spark.master)
     with leases.held(root_uri, record, scopes.writes(name, dates, config, campaign), within) as lease:
@@ -215,12 +261,21 @@ def open_run(
     model: str = "",
     log_json: bool = False,
 ) -> Iterator[Run]:
-    """The frame of a job's ``main``: config, record, and our errors as exit codes 2 to 5."""
+    """The frame of a job's ``main``: config, record, and our errors as exit codes 2 to 5.
+
+    A job that Dataproc may start again says so by ``--attempt-key``: what would fail again ends at once then.
+    """
     set_up_logging(log_json)
+    key = _ATTEMPT_KEY.get()
     try:
         config = load_config(config_path, tuple(overrides or ()))
-        with record_run(name, config, dates, campaign, model) as run:
+        with (
+            attempts.guarded(config.lake.root_uri, key),
+            record_run(name, config, dates, campaign, model, attempt_key=key) as run,
+        ):
             yield run
     except CouponflowError as error:
         typer.echo(f"couponflow {name}: {error}", err=True)
+        if key:  # Dataproc itself does not tell the code; who waits for the job reads it here
+            typer.echo(f"couponflow {name}: exit code {error.exit_code}", err=True)
         raise typer.Exit(error.exit_code) from error

@@ -40,7 +40,7 @@ JOBS = (
 #: Jobs of the whole lake, outside the plan; each has a command of its own.
 UPKEEP = ("erase_user", "maintain")
 WITHOUT_SPARK = ("train", "evaluate")
-_OF_A_CAMPAIGN = ("score", "select_audience", "export_audience")
+OF_A_CAMPAIGN = ("score", "select_audience", "export_audience")
 _COMMIT_HEAD_BYTES = 1_024  # a commit's first words say which operation it was
 #: Facts of a record that name an object the stage has published; a stage whose object is gone runs again.
 _PUBLISHED = ("manifest", "evaluation", "decision", "dataset")
@@ -350,7 +350,7 @@ def check_arguments(job: str, campaign: str, model: str) -> None:
     """
     if job not in JOBS:
         raise ConfigError(f"unknown job {job!r}; one of {', '.join(sorted(JOBS))}")
-    lacking = "--campaign ID" if job in _OF_A_CAMPAIGN and not campaign else ""
+    lacking = "--campaign ID" if job in OF_A_CAMPAIGN and not campaign else ""
     lacking = "--model KIND" if job == "train" and not model else lacking
     if lacking:
         raise ConfigError(

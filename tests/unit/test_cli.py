@@ -37,6 +37,8 @@ COMMANDS = (
     "campaign create",
     "campaign approve",
     "campaign recall",
+    "submit",
+    "cancel",
     "campaign readout",
     "campaign report",
 )

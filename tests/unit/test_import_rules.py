@@ -46,7 +46,9 @@ LAYERS = {
     "backfill": 14,
     "commands": 15,
     "console": 15,
+    "remote_backfill": 15,
     "checks": 16,
+    "submit_commands": 16,
     "upkeep": 16,
     "model_commands": 16,
     "explanations": 16,
@@ -70,6 +72,7 @@ AT_TOP = {
     "console": {"rich"},
     "commands": {"typer"},
     "checks": {"typer"},
+    "submit_commands": {"typer"},
     "upkeep": {"typer"},
     "model_commands": {"typer"},
     "explanations": {"typer"},
@@ -90,7 +93,8 @@ AT_TOP = {
 #: Packages that only the named modules may import anywhere, inside functions too.
 DOORS = {
     "delta": {"lake.tables"},
-    "google": {"lake.storage", "cloud.bigquery", "cloud.spec_shape"},
+    "google": {"lake.storage", "cloud.bigquery", "cloud.spec_shape", "cloud.dataproc"},
+    "grpc": {"cloud.dataproc"},
     "yaml": {"cloud.rendering"},
     "petastorm": {"training.reader"},
     "gcsfs": {"training.reader"},

@@ -111,6 +111,15 @@ def test_sizes_are_those_of_files(tmp_path: Path) -> None:
     assert storage.list_sizes(str(tmp_path / "nowhere")) == {}
 
 
+def test_an_object_that_grows_is_read_on(tmp_path: Path) -> None:
+    path = tmp_path / "output"
+    path.write_bytes(b"one\n")
+    assert storage.read_from(str(path), 0) == b"one\n"
+    assert storage.read_from(str(path), 4) == b""
+    path.write_bytes(b"one\ntwo\n")
+    assert storage.read_from(str(path), 4) == b"two\n"
+
+
 def test_missing_objects_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.json does not exist"):
         storage.read_bytes(str(tmp_path / "gone.json"))

@@ -16,6 +16,8 @@ from couponflow.cloud.rendering import Finding, Place
 
 #: Folders of specs under ``deploy/``; each holds one message of google-cloud-dataproc, see ``_type``.
 KINDS = ("clusters", "autoscaling", "workflows")
+#: Requests that are made of specs (``requests``).
+JOB_REQUEST, CLUSTER_REQUEST, WORKFLOW_REQUEST = "a job", "a cluster", "a workflow"
 _DURATION = re.compile(r"[0-9]+(\.[0-9]{1,9})?s", re.ASCII)
 
 
@@ -53,6 +55,9 @@ def _type(kind: str) -> Any:
         "clusters": dataproc_v1.ClusterConfig,
         "autoscaling": dataproc_v1.AutoscalingPolicy,
         "workflows": dataproc_v1.WorkflowTemplate,
+        JOB_REQUEST: dataproc_v1.SubmitJobRequest,
+        CLUSTER_REQUEST: dataproc_v1.CreateClusterRequest,
+        WORKFLOW_REQUEST: dataproc_v1.InstantiateInlineWorkflowTemplateRequest,
     }
     return types[kind]
 

@@ -89,7 +89,7 @@ def placeholders(cloud: CloudConfig, release: str) -> dict[str, Any]:
         raise ConfigError(
             f"release {release!r}: expected 7 to 40 of a-z and 0-9; take the hash of the upload"
         )
-    tree = cloud.model_dump(mode="json", exclude={"prices", "budget_per_run_amount"})
+    tree = cloud.model_dump(mode="json", exclude={"prices", "budget_per_run_amount", "endpoint"})
     computed = {
         "release": release,
         "etl.zone_uri": cloud.etl.zone_uri,

@@ -16,7 +16,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
@@ -135,6 +135,24 @@ def held(
         stop.set()
         beat.join()
         _release(root_uri, record.run_id)
+
+
+def check_free(
+    root_uri: str,
+    record: runs.RunRecord,
+    scopes: tuple[Scope, ...],
+    own: Collection[str] = (),
+    clock: Clock = runs.utc_now,
+) -> None:
+    """Refuse a run whose scopes a living one holds; nothing is taken. ``own``: attempt keys of its own runs.
+
+    Raises:
+        ConflictError: naming the holder.
+    """
+    for claim in claims(root_uri):
+        is_own = bool(claim.record.attempt_key) and claim.record.attempt_key in own
+        if not is_own and claim.is_alive(clock()) and claim.meets(scopes):
+            raise _refusal(record, claim, scopes)
 
 
 def claims(root_uri: str) -> list[Claim]:

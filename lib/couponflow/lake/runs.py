@@ -5,19 +5,15 @@ it read, wrote and refused, and how it ended: ``ok``, ``failed``, or ``killed`` 
 another run wrote the record for it. A finished record with the same fingerprint lets a rerun skip.
 """
 
-import hashlib
 import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import couponflow
 from couponflow.errors import DataError
-from couponflow.lake import storage
+from couponflow.lake import program, storage
 
 #: A store answers each read after tens of milliseconds, however small the record is.
 _NUM_READERS = 16
@@ -25,7 +21,10 @@ _NUM_READERS = 16
 
 @dataclass
 class RunRecord:
-    """One run of one job. ``rows`` maps a name (table, feed, reason) to a count."""
+    """One run of one job. ``rows`` maps a name (table, feed, reason) to a count.
+
+    ``attempt_key``: id of the job on Dataproc that it was; empty for a run elsewhere, or of a workflow.
+    """
 
     run_id: str
     job: str
@@ -38,6 +37,7 @@ class RunRecord:
     status: str = "running"
     error: str = ""
     fingerprint: str = ""
+    attempt_key: str = ""
     rows: dict[str, int] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -57,17 +57,9 @@ class RunRecord:
 FIELDS = tuple(item.name for item in fields(RunRecord))
 
 
-@cache
 def code_version() -> str:
     """Hash of the package's and the jobs' source text; any edit gives another."""
-    package = Path(couponflow.__file__).parent
-    digest = hashlib.sha256()
-    for folder in (package, package.parent.parent / "jobs", package.parent / "jobs"):
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            if path.suffix not in (".py", ".j2"):
-                continue
-            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]
+    return program.version()
 
 
 def utc_now() -> datetime:

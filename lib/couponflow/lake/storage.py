@@ -76,6 +76,44 @@ def read_head(uri: str, size: int) -> bytes:
         return file.read(size)
 
 
+def read_from(uri: str, start: int) -> bytes:
+    """What an object that grows holds from an offset on.
+
+    Raises:
+        DataError: it does not exist.
+        InfraError: the disk or the store refused the read.
+    """
+    if is_remote(uri):
+        from google.api_core.exceptions import RequestRangeNotSatisfiable
+
+        with _store_errors(uri):
+            try:
+                return bytes(_blob(uri).download_as_bytes(start=start))
+            except RequestRangeNotSatisfiable:
+                return b""
+    with _disk_errors(uri), Path(uri).open("rb") as file:
+        file.seek(start)
+        return file.read()
+
+
+def has_bucket(name: str) -> bool:
+    """Whether a bucket is there; true also where this account may not look into it.
+
+    Raises:
+        InfraError: the store did not answer.
+    """
+    from google.api_core.exceptions import Forbidden, NotFound
+
+    with _store_errors(f"gs://{name}"):
+        try:
+            next(iter(_client().list_blobs(name, max_results=1)), None)
+        except NotFound:
+            return False
+        except Forbidden:
+            return True
+    return True
+
+
 def exists(uri: str) -> bool:
     """Whether the object is there."""
     if not is_remote(uri):

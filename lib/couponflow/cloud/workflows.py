@@ -1,0 +1,134 @@
+"""A workflow for given dates: the values of its parameters, and the request with all of them in place.
+
+Dataproc takes no parameters with a template that comes inline, so they are put into their fields here. The
+template then holds one run: nothing has to be imported into the project before. Pure.
+"""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from couponflow import scopes
+from couponflow.backfill_plan import reached_sends
+from couponflow.cloud import spec_shape
+from couponflow.cloud.requests import Tree, checked, derived_id
+from couponflow.cloud.specs import Spec
+from couponflow.clouding import CloudConfig
+from couponflow.config import Config
+from couponflow.dates import DateRange
+from couponflow.errors import ConfigError
+
+#: Parts of a parameter's path: a name, a key in quotes or an index.
+_PART = re.compile(r"(?:^|\.)([A-Za-z]+)|\['([^']+)'\]|\[([0-9]+)\]", re.ASCII)
+#: Paths spell some fields as Google's reference does, JSON as its library does.
+_SPELLED = {"pySparkJob": "pysparkJob"}
+
+
+def template(specs: Sequence[Spec], name: str) -> Tree:
+    """The rendered template of a name, ``deploy/workflows/NAME.yaml``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = {spec.name: spec.tree for spec in specs if spec.kind == "workflows"}
+    if name not in found:
+        raise ConfigError(f"unknown workflow {name!r}; one of {', '.join(sorted(found))}")
+    return found[name]
+
+
+def request_id(name: str, dates: DateRange, release: str, campaign: str = "", attempt: int = 1) -> str:
+    """Id of the request, and the label ``run`` of every job of it: of the same run always the same."""
+    return derived_id(f"workflow {name} {campaign}".strip(), str(dates), release, str(attempt))
+
+
+def values(config: Config, name: str, dates: DateRange, run: str, campaign: str = "") -> dict[str, str]:
+    """The value of every parameter that a template may declare, for ingest dates, or a run date.
+
+    A delivery reaches the event dates of its lateness, and the sends whose windows it can still prove; the
+    training rows that it changes end with it. A training takes the config's splits, the test rows up to the
+    run date.
+    """
+    examples, sends = config.examples, reached_sends(config, dates)
+    fitting = DateRange(examples.train_start, examples.test_start)
+    made = {
+        "RUN_DATE": str(dates.last),
+        "RUN_ID": run,
+        "INGEST_DATES": str(dates),
+        "EVENT_DATES": str(scopes.touched_dates(dates, config)),
+        "SEND_DATES": str(sends),
+        "AS_OF_DATES": str(fitting if name == "train" else DateRange(sends.start, dates.end)),
+    }
+    if campaign:
+        made["CAMPAIGN_ID"] = campaign
+    if dates.end > examples.test_start:
+        made["TEST_DATES"] = str(DateRange(examples.test_start, dates.end))
+    return made
+
+
+def bound(tree: Tree, given: Mapping[str, str]) -> Tree:
+    """A template with the values in their fields, and no parameters left.
+
+    Raises:
+        ConfigError: a parameter has no value, or one that its expression refuses.
+    """
+    made = copy.deepcopy(tree)
+    for parameter in made.pop("parameters", ()):
+        name = parameter["name"]
+        if name not in given:
+            step = {
+                "CAMPAIGN_ID": "give --campaign ID",
+                "TEST_DATES": "give dates from examples.test_start on",
+            }
+            raise ConfigError(
+                f"workflow {tree['id']}: no value for parameter {name}; "
+                + step.get(name, "teach cloud/workflows.py that parameter")
+            )
+        expressions = parameter.get("validation", {}).get("regex", {}).get("regexes", ())
+        for expression in expressions:
+            if not re.fullmatch(expression, given[name], re.ASCII):
+                raise ConfigError(
+                    f"workflow {tree['id']}: {name} = {given[name]!r} does not match {expression}; correct it"
+                )
+        for field in parameter["fields"]:
+            _put(made, field, given[name])
+    return made
+
+
+def workflow_request(
+    specs: Sequence[Spec],
+    config: Config,
+    cloud: CloudConfig,
+    release: str,
+    name: str,
+    dates: DateRange,
+    campaign: str = "",
+    attempt: int = 1,
+) -> Tree:
+    """The request that starts a workflow, every value in place.
+
+    Raises:
+        ConfigError: no such workflow, a value that it lacks, or the types of Dataproc refuse the request.
+    """
+    if name != "backfill" and len(dates) != 1:
+        raise ConfigError(f"workflow {name} {dates}: prepares one run date; give one day")
+    run = request_id(name, dates, release, campaign, attempt)
+    given = values(config, name, dates, run, campaign)
+    tree = {
+        "parent": f"projects/{cloud.project}/regions/{cloud.region}",
+        "requestId": run,
+        "template": bound(template(specs, name), given),
+    }
+    return checked(spec_shape.WORKFLOW_REQUEST, tree, f"workflow {name} {dates}")
+
+
+def _put(tree: Tree, field: str, value: str) -> None:
+    """Replace what a parameter's path names; ``spec_rules`` has checked that it is there."""
+    node: Any = tree
+    *parents, last = [key or index or name for name, key, index in _PART.findall(field)]
+    for part in parents:
+        if isinstance(node, list):
+            node = next(step for step in node if step["stepId"] == part)
+        else:
+            node = node[_SPELLED.get(part, part)]
+    node[int(last) if isinstance(node, list) else last] = value
