@@ -92,7 +92,7 @@ clean: ## remove results and caches; the environment stays
 	find lib jobs tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: install
-install: .stamps/env .stamps/jars ## uv, the locked environment with the Horovod build, Delta jars
+install: .stamps/env .stamps/jars ## uv, the locked environment with the Horovod build, jars of Delta and gs://
 
 .stamps/prerequisites: deploy/build/prerequisites.sh
 	@bash deploy/build/prerequisites.sh
@@ -110,7 +110,7 @@ install: .stamps/env .stamps/jars ## uv, the locked environment with the Horovod
 	@touch $@
 
 .stamps/jars: .stamps/env deploy/build/fetch_jars.py
-	@echo "==> Delta jars"
+	@echo "==> jars of Delta and of the gs:// connector"
 	@$(PYTHON) deploy/build/fetch_jars.py .cache/ivy
 	@touch $@
 
