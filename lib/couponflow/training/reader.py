@@ -4,7 +4,6 @@ Row group number n, counted over the files in the given order, belongs to shard 
 by name only: a folder would bring replaced rows back. Nothing here knows splits or manifests.
 """
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -189,9 +188,8 @@ def _petastorm_url(uri: str) -> str:
 def _gcs() -> Any:
     from gcsfs.core import GCSFileSystem  # the plain one: the package's own asks every bucket for its type
 
-    # The library reads the switch itself but would still look for credentials; tests set it.
-    token = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None
-    return GCSFileSystem(token=token)
+    # The library reads the switch itself but would still look for credentials.
+    return GCSFileSystem(token="anon" if storage.emulator() else None)
 
 
 def _petastorm_filesystem(url: str) -> Any:
