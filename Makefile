@@ -68,7 +68,7 @@ picture: install ## the picture of the README, from the report of make run; fail
 	$(PYTHON) tests/page_audit.py var/lake/reports/campaign-18.html .github/report.png
 
 .PHONY: bench
-bench: install $(if $(ONLY),$(if $(filter peers dien_%,$(ONLY)),bench-peers),bench-peers) ## measure every speed claim (ONLY=file or claim), write bench/results.json
+bench: install .stamps/gcs $(if $(ONLY),$(if $(filter peers dien_%,$(ONLY)),bench-peers),bench-peers) ## measure every speed claim (ONLY=file or claim), write bench/results.json
 	$(PYTHON) -m bench.run $(ONLY)
 
 .PHONY: quality

@@ -5,7 +5,7 @@ import re
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException
 
-from couponflow.errors import CommitConflictError, CouponflowError, DataError, InfraError
+from couponflow.errors import CommitConflictError, CouponflowError, DataError, InfraError, StoreBusyError
 from couponflow.lake import storage
 
 #: How the connector words an answer of the store: status and reason, then what was asked of which bucket.
@@ -20,21 +20,21 @@ _SILENCE = re.compile(r"(?:java\.net|javax\.net\.ssl|org\.apache\.http)\.\w+Exce
 def store_error(error: BaseException, where: object) -> CouponflowError | None:
     """What the object store answered Spark, or that it did not, as our error; None where it is not to blame.
 
-    By then the connector has repeated what is transient.
+    By then the connector has repeated what it can repeat: reads, and uploads that are resumable.
     """
     text = f"{error}\n{getattr(error, 'stackTrace', '')}"  # with the causes, which the first line hides
     for status, bucket in _ANSWER.findall(text):
         if status in _DENIED:
-            return storage.denied(f"{where}: gs://{bucket}", bucket)
+            return storage.denied(str(where), bucket)
         if status in _TRANSIENT:
-            return InfraError(
-                f"{where}: the object store failed for bucket {bucket} (status {status}, repeated in vain); "
+            return StoreBusyError(
+                f"{where}: the object store failed for bucket {bucket} (status {status}); "
                 "check its quota and health, then try again"
             )
     silence = _SILENCE.search(text)
     if silence is None or _CONNECTOR not in text:
         return None
-    return InfraError(
+    return StoreBusyError(
         f"{where}: the object store did not answer ({silence[0][:200]}); check the network, then try again"
     )
 
