@@ -17,7 +17,7 @@ from couponflow.config import load_config
 from couponflow.dates import DateRange
 from couponflow.entry import record_run
 from couponflow.errors import InfraError
-from couponflow.lake import storage, tables
+from couponflow.lake import attempts, storage, tables
 
 DAY = DateRange.day(D0)
 ALWAYS = 10**6
@@ -72,7 +72,7 @@ def behind(spark: SparkSession, server: str) -> Iterator[Lake]:
 
 @pytest.fixture
 def lake(behind: Lake, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lake]:
-    monkeypatch.setattr(tables, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(attempts, "PAUSE_SECONDS", 0.0)
     behind.proxy.faults, behind.proxy.spoilt = [], []
     behind.forget()
     yield behind
@@ -157,7 +157,7 @@ def test_patience_ends_and_the_version_before_stays(lake: Lake) -> None:
     lake.proxy.faults = [Fault("^POST", 503, ALWAYS)]
     with pytest.raises(InfraError, match=rf"failed for bucket {lake.bucket} \(status 503\); .*try again"):
         lake.write("b")
-    assert tables._MAX_WRITES <= len(lake.proxy.spoilt) <= 8 * tables._MAX_WRITES
+    assert attempts.MAX_WRITES <= len(lake.proxy.spoilt) <= 8 * attempts.MAX_WRITES
     lake.proxy.faults = [Fault("^GET", 503, ALWAYS)]
     lake.forget()
     with pytest.raises(InfraError, match="status 503") as failed:

@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from datetime import date
 from functools import cache, wraps
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
@@ -27,23 +27,14 @@ from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from couponflow.dates import DateRange
-from couponflow.errors import (
-    CommitConflictError,
-    ConfigError,
-    ConflictError,
-    DataError,
-    InfraError,
-    StoreBusyError,
-)
-from couponflow.lake import connector, declarations, failures, faults, literals, schemas, storage
+from couponflow.errors import CommitConflictError, ConfigError, ConflictError, DataError, InfraError
+from couponflow.lake import attempts, connector, declarations, failures, faults, literals, schemas, storage
 from couponflow.sections import SparkConfig
 
 log = logging.getLogger("couponflow")
 
-_Found = TypeVar("_Found")
 _JobBody = Callable[[SparkSession, Any], None]
-#: Tries of a job that loses races, and of a write that the object store refuses; pauses between them grow.
-_MAX_RUNS, _MAX_WRITES, _PAUSE_SECONDS = 3, 4, 1.0
+_MAX_RUNS, _PAUSE_SECONDS = 3, 1.0
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.:-]{1,128}", re.ASCII)
 _PROPERTY = "couponflow.schema_version"
 _STAND_INS: ContextVar[Mapping[str, DataFrame]] = ContextVar("stand_ins", default=MappingProxyType({}))
@@ -212,7 +203,7 @@ def overwrite(
     )
     if rows_per_file is not None:
         writer = writer.option("maxRecordsPerFile", rows_per_file)
-    written = _repeated(
+    written = attempts.repeated(
         lambda: writer.save(uri),
         lambda: _rows_committed(frame.sparkSession, uri, mark),
         table,
@@ -253,7 +244,7 @@ def take_out(
         merge, metric = merge.whenMatchedUpdate(set=new_id), "numTargetRowsUpdated"
     spark.conf.set(_USER_METADATA, mark)
     try:
-        changed = _repeated(
+        changed = attempts.repeated(
             merge.execute, lambda: _rows_committed(spark, uri, mark, metric), table, "all of it"
         )
     finally:
@@ -437,35 +428,9 @@ def _create_if_absent(spark: SparkSession, declared: declarations.Table, uri: st
     if declared.partition:
         builder = builder.partitionedBy(*declared.partition)
     # Where it is there in spite of an error, another run has created it at the same moment.
-    _repeated(
+    attempts.repeated(
         builder.execute, lambda: _is_created(spark, declared.name, uri) or None, declared.name, "creation"
     )
-
-
-def _repeated(
-    write: Callable[[], object], look: Callable[[], _Found | None], table: str, where: object
-) -> _Found | None:
-    """Write once, and again where the object store failed for the moment; at most ``_MAX_WRITES`` times.
-
-    ``look`` says after an error what the log holds of this write, as only its answer may be lost. Returns that,
-    or None after a write without an error.
-
-    Raises:
-        CouponflowError: as ``failures.write_error``, once the log holds nothing of it.
-    """
-    for attempt in range(1, _MAX_WRITES + 1):
-        try:
-            write()
-            return None
-        except Exception as error:
-            if (found := look()) is not None:
-                return found
-            ours = failures.write_error(error, table, where)
-            if not isinstance(ours, StoreBusyError) or attempt == _MAX_WRITES:
-                raise ours from error
-            log.warning("%s; attempt %d of %d follows", ours, attempt + 1, _MAX_WRITES)
-        time.sleep(random.uniform(0, _PAUSE_SECONDS * 2**attempt))
-    raise AssertionError("unreachable")
 
 
 def _rows_committed(spark: SparkSession, uri: str, mark: str, metric: str = "numOutputRows") -> int | None:
