@@ -14,6 +14,7 @@ from object_server import make_bucket, reaching
 from pyspark.sql import SparkSession
 
 from couponflow import pipeline
+from couponflow.campaign import overview
 from couponflow.config import Config, load_config
 from couponflow.lake import leases, schemas, storage, tables
 
@@ -127,6 +128,14 @@ def test_the_ranks_read_the_lake_on_gs(remote: Shop) -> None:
         storage.join(remote.config.lake.root_uri, "datasets", "training_examples.json")
     )
     assert f'"{remote.root}/lake/tables/training_examples/'.encode() in dataset
+
+
+def test_the_report_lies_on_the_lake(remote: Shop) -> None:
+    records = {outcome.stage.name: outcome.record for outcome in remote.outcomes}
+    (uri,) = overview.write_reports(remote.config, records, set(), remote.spark)
+    assert uri == f"{remote.root}/lake/reports/campaign-3.html"
+    mailed = records["select_audience campaign 3"].facts["mailed_users"]
+    assert f"{mailed:,}" in storage.read_bytes(uri).decode()
 
 
 def test_a_second_run_skips_every_stage_and_nothing_is_held(remote: Shop) -> None:
