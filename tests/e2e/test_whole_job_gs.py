@@ -30,7 +30,8 @@ rate = 0.6
 recency = 1.0
 campaign_first_day = 3
 campaign_every_days = 7
-duplicate_share = 0.02
+late_share = 0.0
+retry_share = 0.0
 has_day_truth = false
 [events]
 pseudonymise = false
