@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from couponflow.config import Config
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import faults, storage
-from couponflow.training import calibrators, feed, launch, metrics, preparation, registry
+from couponflow.training import calibrators, feed, launch, manifests, metrics, preparation, registry
 from couponflow.training.launch import Workers
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def train(
         raise ConfigError(f"model {kind!r}: expected one of {', '.join(registry.KINDS)}; give --model KIND")
     start = time.monotonic()
     root_uri = config.lake.root_uri
-    dataset = feed.load_manifest(root_uri)
+    dataset = manifests.load(root_uri)
     folder = _run_folder(root_uri, run_id)
     ranks = config.training.num_ranks
     checkpoints = checkpoint_store(config, dataset, ranks) if kind == "dien" else None
@@ -67,7 +67,7 @@ def train(
         checkpoints.load()  # refused before any rank is started
     if kind == "dien" and ranks > 1 and not launch.is_launched():
         for split in (_TRAIN, _VALID):
-            feed.check(dataset, split, ranks)
+            manifests.check(dataset, split, ranks)
         (folder / _CONFIG).write_text(config.model_dump_json(), encoding="utf-8")
         timeout = config.training.start_timeout_seconds
         stall = config.training.stall_seconds
@@ -95,12 +95,12 @@ def run_rank(folder: Path, kind: str) -> None:
     config = Config.model_validate_json((folder / _CONFIG).read_text(encoding="utf-8"))
 
     def work(workers: Workers) -> None:
-        train_rank(config, kind, folder, workers, feed.load_manifest(config.lake.root_uri))
+        train_rank(config, kind, folder, workers, manifests.load(config.lake.root_uri))
 
     launch.run_rank(folder, work)
 
 
-def train_rank(config: Config, kind: str, folder: Path, workers: Workers, dataset: feed.Dataset) -> None:
+def train_rank(config: Config, kind: str, folder: Path, workers: Workers, dataset: manifests.Dataset) -> None:
     """Fit one model; rank 0 leaves the bundle, the rows read and the curves in ``folder``."""
     from couponflow.models.bundle import save_bundle
 
@@ -120,7 +120,7 @@ def train_rank(config: Config, kind: str, folder: Path, workers: Workers, datase
         return
     bundle = replace(bundle, metrics={**bundle.metrics, "fitted_on": fitted_on(config, kind)})
     save_bundle(bundle, folder / _BUNDLE)
-    rows = {f"{feed.TABLE}.{_TRAIN}": num_train, f"{feed.TABLE}.{_VALID}": dataset.rows(_VALID)}
+    rows = {f"{manifests.TABLE}.{_TRAIN}": num_train, f"{manifests.TABLE}.{_VALID}": dataset.rows(_VALID)}
     result = {"rows": rows, "metrics": bundle.metrics}
     (folder / _RESULT).write_text(json.dumps(result), encoding="utf-8")
 
@@ -138,7 +138,7 @@ def fitted_on(config: Config, kind: str) -> dict[str, int]:
     }
 
 
-def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Path) -> "Bundle":
+def fit_dien(config: Config, dataset: manifests.Dataset, workers: Workers, folder: Path) -> "Bundle":
     """Train the network on this rank's shards; the bundle is calibrated on all validation rows."""
     import torch
 
@@ -208,7 +208,7 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers, folder: Pa
     )
 
 
-def checkpoint_store(config: Config, dataset: feed.Dataset, num_ranks: int) -> "Store":
+def checkpoint_store(config: Config, dataset: manifests.Dataset, num_ranks: int) -> "Store":
     """Where a DIEN of these settings and this dataset keeps its checkpoints; any later run finds them there.
 
     Ranks are no part of the place, so that a run with others is told instead of beginning again.
@@ -218,7 +218,7 @@ def checkpoint_store(config: Config, dataset: feed.Dataset, num_ranks: int) -> "
     names = sorted(set(type(config.training).model_fields) - _OPERATIONAL)
     settings = config.fingerprint("model", *(f"training.{name}" for name in names))
     content = json.dumps(asdict(dataset), sort_keys=True).encode()
-    data = f"{feed.TABLE}-v{dataset.table_version}-{storage.sha256(content)[:16]}"
+    data = f"{manifests.TABLE}-v{dataset.table_version}-{storage.sha256(content)[:16]}"
     key = storage.sha256(f"{settings} {data}".encode())[:16]
     uri = storage.join(config.lake.root_uri, "work", f"checkpoints-dien-{key}")
     return Store(uri, Identity(settings, data, num_ranks))
@@ -234,7 +234,7 @@ def valid_types(valid_feed: feed.Feed, workers: Workers) -> NDArray[Any]:
     return types
 
 
-def fit_tabular(config: Config, dataset: feed.Dataset, kind: str) -> "Bundle":
+def fit_tabular(config: Config, dataset: manifests.Dataset, kind: str) -> "Bundle":
     """A model of the aggregates of ``train``, calibrated on ``valid``; boosted trees also stop by it."""
     from couponflow.models.bundle import Bundle
     from couponflow.models.calibration import Calibrator
@@ -272,7 +272,7 @@ def _aggregates(rows: Sequence[feed.Example]) -> tuple[metrics.Floats, metrics.F
     return feed.aggregates(rows), np.array([row.label for row in rows])
 
 
-def fit_blend(config: Config, dataset: feed.Dataset, folder: Path) -> "Bundle":
+def fit_blend(config: Config, dataset: manifests.Dataset, folder: Path) -> "Bundle":
     """Blend of the newest registered DIEN and logistic models, fitted on ``valid``."""
     from couponflow.models.bundle import load_bundle
     from couponflow.models.calibration import IDENTITY, Calibrator
