@@ -81,7 +81,7 @@ picture: install ## the picture of the README, from the report of make run; fail
 	$(PYTHON) tests/page_audit.py var/lake/reports/campaign-18.html .github/report.png
 
 .PHONY: bench
-bench: install $(if $(ONLY),$(if $(filter peers dien_%,$(ONLY)),bench-peers),bench-peers) ## measure every speed claim (ONLY=file or claim), write bench/results.json
+bench: install .stamps/gcs $(if $(ONLY),$(if $(filter peers dien_%,$(ONLY)),bench-peers),bench-peers) ## measure every speed claim (ONLY=file or claim), write bench/results.json
 	$(PYTHON) -m bench.run $(ONLY)
 
 .PHONY: quality
@@ -116,7 +116,7 @@ clean: ## remove results and caches; the environment stays
 	find lib jobs tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .PHONY: install
-install: .stamps/env .stamps/jars ## uv, the locked environment with the Horovod build, Delta jars
+install: .stamps/env .stamps/jars ## uv, the locked environment with the Horovod build, jars of Delta and gs://
 
 .stamps/prerequisites: deploy/build/prerequisites.sh
 	@bash deploy/build/prerequisites.sh
@@ -134,7 +134,7 @@ install: .stamps/env .stamps/jars ## uv, the locked environment with the Horovod
 	@touch $@
 
 .stamps/jars: .stamps/env deploy/build/fetch_jars.py
-	@echo "==> Delta jars"
+	@echo "==> jars of Delta and of the gs:// connector"
 	@$(PYTHON) deploy/build/fetch_jars.py .cache/ivy
 	@touch $@
 

@@ -13,7 +13,7 @@ from couponflow.config import Config, load_config
 from couponflow.dates import parse_day
 from couponflow.entry import ConfigPath, Overrides
 from couponflow.errors import ConfigError
-from couponflow.lake import contracts, runs
+from couponflow.lake import contracts
 
 
 def check(
@@ -112,9 +112,10 @@ def _check_leaks(settings: Config, day: date, sample: int, campaign: str, seed: 
 
 
 def _check_deploy(name: str, as_json: bool) -> None:
-    from couponflow.cloud import run_dates, specs
+    from couponflow.cloud import releases, run_dates, specs
 
-    environment, release = specs.load_environment(name), runs.code_version()
+    environment = specs.load_environment(name)
+    release = releases.make(environment).name
     verdicts = specs.check(environment, release)
     prices = environment.cloud.prices
     if as_json:

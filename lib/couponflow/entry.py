@@ -185,6 +185,11 @@ def _as_ours(where: str, error: BaseException) -> CouponflowError | None:
     family = type(error).__module__.partition(".")[0]
     if family not in ("py4j", "pyspark", "delta") and not isinstance(error, OSError | MemoryError):
         return None
+    if family in ("py4j", "pyspark"):
+        from couponflow.lake import failures  # brings pyspark, which is there by now
+
+        if ours := failures.store_error(error, where):
+            return ours
     cause = getattr(error, "java_exception", None)
     text = str(cause.getMessage() if cause is not None else error).strip()
     reason = f"{type(error).__name__}: {text.splitlines()[0][:300] if text else 'no message'}"

@@ -36,3 +36,7 @@ class InfraError(CouponflowError):
     """A worker, disk or network failed; a restart helps."""
 
     exit_code = 5
+
+
+class StoreBusyError(InfraError):
+    """The object store failed for the moment: nothing is known to be written, and repeating may succeed."""

@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from object_server import make_bucket
+from store_proxy import Fault, running
 
-from couponflow.errors import DataError
+from couponflow.errors import DataError, InfraError
 from couponflow.lake import layouts, storage
 from couponflow.training import feed, manifests, reader
 from couponflow.training.launch import Workers
@@ -87,3 +89,24 @@ def test_two_shards_of_a_remote_dataset_read_every_row_once(bucket: str) -> None
     reader._gcs().invalidate_cache()
     with pytest.raises(DataError, match=r"part-1.parquet .* does not exist"):
         manifests.check(loaded, "train")
+
+
+def test_a_store_that_fails_is_no_damaged_file(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal names bucket and role, for a footer and in the middle of a shard; 503 is asked again."""
+    with running(server) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        uri = f"{make_bucket()}/lake/part.parquet"
+        upload(uri, 0, 40, 20)
+        role = rf"roles/storage\.objectUser on bucket {uri.split('/')[2]}"
+        for read in (
+            lambda: reader.read_footer(uri),
+            lambda: list(reader.Shard([uri], feed.WIDE_COLUMNS)),
+        ):
+            reader._gcs().invalidate_cache()
+            proxy.faults = [Fault("^GET", 403, 10**6)]
+            with pytest.raises(InfraError, match=role):
+                read()
+            reader._gcs().invalidate_cache()
+            proxy.faults = [Fault("^GET", 503, 2)]
+            read()
+        assert sum(len(group["label"]) for group in reader.Shard([uri], feed.WIDE_COLUMNS)) == 40

@@ -154,6 +154,9 @@ class Builder:
         self.settings: dict[str, str] = {}
         self.builder = self.sparkContext = self
 
+    def getConf(self) -> dict[str, str]:  # noqa: N802 - Spark's name
+        return self.settings
+
     def config(self, name: str, value: str) -> "Builder":
         self.settings[name] = value
         return self

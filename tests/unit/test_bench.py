@@ -22,6 +22,7 @@ NAMES = {
     "one_day_vs_full",
     "feed_vs_pyarrow",
     "raw_to_examples",
+    "gs_run_vs_local",
     "augru_vs_gru",
     "memory",
     "scaling_2_ranks",

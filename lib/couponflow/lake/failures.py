@@ -1,11 +1,55 @@
-"""What an error of Spark or Delta means, said in ours."""
+"""What an error of Spark, of Delta or of the Cloud Storage connector below them means, said in ours."""
 
 import re
 
 from py4j.protocol import Py4JJavaError
 from pyspark.errors import AnalysisException
 
-from couponflow.errors import CommitConflictError, DataError, InfraError
+from couponflow.errors import CommitConflictError, CouponflowError, DataError, InfraError, StoreBusyError
+from couponflow.lake import storage
+
+#: How the connector words an answer of the store: status and reason, then what was asked of which bucket.
+_ANSWER = re.compile(r"\b([45]\d\d)\b[^\n]*\n\s*(?:GET|HEAD|POST|PUT|PATCH|DELETE) \S+/b/([^/?\s]+)")
+_DENIED = ("401", "403")
+_TRANSIENT = ("408", "429", "500", "502", "503", "504")
+#: The store did not answer at all; the connector's own frames say that it was the store who was asked.
+_CONNECTOR = "com.google.cloud.hadoop"
+_SILENCE = re.compile(r"(?:java\.net|javax\.net\.ssl|org\.apache\.http)\.\w+Exception[^\n]*")
+
+
+def store_error(error: BaseException, where: object) -> CouponflowError | None:
+    """What the object store answered Spark, or that it did not, as our error; None where it is not to blame.
+
+    By then the connector has repeated what it can repeat: reads, and uploads that are resumable.
+    """
+    text = f"{error}\n{getattr(error, 'stackTrace', '')}"  # with the causes, which the first line hides
+    for status, bucket in _ANSWER.findall(text):
+        if status in _DENIED:
+            return storage.denied(str(where), bucket)
+        if status in _TRANSIENT:
+            return StoreBusyError(
+                f"{where}: the object store failed for bucket {bucket} (status {status}); "
+                "check its quota and health, then try again"
+            )
+    silence = _SILENCE.search(text)
+    if silence is None or _CONNECTOR not in text:
+        return None
+    return StoreBusyError(
+        f"{where}: the object store did not answer ({silence[0][:200]}); check the network, then try again"
+    )
+
+
+def read_error(error: Exception, table: str, uri: str) -> CouponflowError:
+    """What failed while a table was opened, as our error."""
+    if ours := store_error(error, f"table {table} at {uri}"):
+        return ours
+    if isinstance(error, AnalysisException):
+        return DataError(
+            f"table {table} cannot be read at {uri}: {first_line(error)}; run the job that writes it"
+        )
+    return DataError(  # a commit is cut, gone or unreadable
+        f"table {table} at {uri}: its log is damaged ({first_line(error)}); restore its _delta_log"
+    )
 
 
 def write_error(error: Exception, table: str, where: object) -> Exception:
@@ -16,6 +60,8 @@ def write_error(error: Exception, table: str, where: object) -> Exception:
         return CommitConflictError(
             f"table {table}, range {where}: another run changed it meanwhile; run again"
         )
+    if ours := store_error(error, f"table {table}, range {where}"):
+        return ours
     null = re.search(r"null in ([a-z_]+\.[a-z_]+)", text)
     if null:
         return DataError(

@@ -239,7 +239,9 @@ def sizes(uri: str) -> dict[str, int]:
     else:
         with _disk_errors(uri):
             found = {name: Path(uri, name).stat().st_size for name in walk(uri)}
-    return {name: size for name, size in found.items() if not name.rpartition("/")[2].startswith(".")}
+    # A name that ends in a slash is a folder that Spark or a console has marked.
+    files = {name: size for name, size in found.items() if name and not name.endswith("/")}
+    return {name: size for name, size in files.items() if not name.rpartition("/")[2].startswith(".")}
 
 
 def download_folder(uri: str, folder: Path) -> Path:
@@ -317,6 +319,13 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def denied(where: str, bucket: str) -> InfraError:
+    """The store refuses this service account."""
+    return InfraError(
+        f"{where}: access denied; grant roles/storage.objectUser on bucket {bucket} to this service account"
+    )
+
+
 @contextmanager
 def _store_errors(uri: str) -> Iterator[None]:
     """Errors of the object store as ours. The client has retried what is transient, for two minutes."""
@@ -335,9 +344,7 @@ def _store_errors(uri: str) -> Iterator[None]:
             "run the stage that writes it, or correct the URI"
         ) from error
     except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-        raise InfraError(
-            f"{uri}: access denied; grant roles/storage.objectUser on bucket {bucket} to this service account"
-        ) from error
+        raise denied(uri, bucket) from error
     except (exceptions.GoogleAPIError, GoogleAuthError, DataCorruption, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InfraError(
@@ -346,17 +353,22 @@ def _store_errors(uri: str) -> Iterator[None]:
         ) from error
 
 
+def emulator() -> str | None:
+    """Address of a local server that stands in for Cloud Storage; the storage library's own switch."""
+    return os.environ.get("STORAGE_EMULATOR_HOST") or None
+
+
 def _client() -> Any:
-    return _client_for(os.environ.get("STORAGE_EMULATOR_HOST"))  # the library's own switch, set by tests
+    return _client_for(emulator())
 
 
 @cache
-def _client_for(emulator: str | None) -> Any:
+def _client_for(address: str | None) -> Any:
     """One client, so one log-in and one connection pool, per process."""
     from google.auth.credentials import AnonymousCredentials
     from google.cloud.storage import Client
 
-    if emulator:
+    if address:
         anonymous: Any = AnonymousCredentials  # untyped in the library
         return Client(project="test", credentials=anonymous())
     return Client()

@@ -21,14 +21,14 @@ from typing import Any
 
 from delta.tables import DeltaTable
 from py4j.protocol import Py4JJavaError
-from pyspark.errors import AnalysisException, PySparkException
+from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
 from couponflow.dates import DateRange
 from couponflow.errors import CommitConflictError, ConfigError, ConflictError, DataError, InfraError
-from couponflow.lake import declarations, failures, faults, literals, schemas, storage
+from couponflow.lake import connector, declarations, failures, faults, literals, retries, schemas, storage
 from couponflow.sections import SparkConfig
 
 log = logging.getLogger("couponflow")
@@ -45,7 +45,10 @@ def spark_session(config: SparkConfig, app_name: str) -> SparkSession:
     """The session of this process: UTC, Delta, dates and partitions as the jobs expect them.
 
     Under ``spark-submit``, in every deploy mode, the cluster's own master, memory, partitions and log level
-    stay; elsewhere the config decides.
+    stay; elsewhere the config decides. ``gs://`` works in both.
+
+    Raises:
+        ConfigError: a session that runs already would lose commits on ``gs://``.
     """
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     builder = (
@@ -79,7 +82,10 @@ def spark_session(config: SparkConfig, app_name: str) -> SparkSession:
             .config("spark.databricks.delta.snapshotPartitions", "2")  # default 50 tasks per log read
             .config("spark.sql.sources.parallelPartitionDiscovery.parallelism", "4")
         )
+    for name, value in connector.settings(is_submitted, storage.emulator()).items():
+        builder = builder.config(name, value)
     spark = builder.getOrCreate()
+    connector.check(spark)
     if not is_submitted:
         spark.sparkContext.setLogLevel("FATAL")  # errors reach the caller as ours, without JVM traces
     return spark
@@ -111,6 +117,7 @@ def read(
 
     Raises:
         DataError: the table does not exist, has another schema version, or the version is gone.
+        InfraError: the object store refused the read.
     """
     declared = _declared(table)
     if table in _STAND_INS.get():
@@ -123,15 +130,8 @@ def read(
     try:
         frame = reader.load(uri)
         _check_schema_version(spark, declared, uri)
-    except AnalysisException as error:
-        raise DataError(
-            f"table {table} cannot be read at {uri}: {failures.first_line(error)}; run the job that writes it"
-        ) from error
-    except (Py4JJavaError, PySparkException) as error:  # a commit is cut, gone or unreadable
-        raise DataError(
-            f"table {table} at {uri}: its log is damaged ({failures.first_line(error)}); "
-            "restore its _delta_log"
-        ) from error
+    except (Py4JJavaError, PySparkException) as error:
+        raise failures.read_error(error, table, uri) from error
     missing = [name for name in declared.column_names if name not in frame.columns]
     if missing:
         raise DataError(f"table {table} at {uri} lacks column {missing[0]}; other code wrote it, rebuild it")
@@ -203,13 +203,14 @@ def overwrite(
     )
     if rows_per_file is not None:
         writer = writer.option("maxRecordsPerFile", rows_per_file)
-    try:
-        writer.save(uri)
-    except Exception as error:
-        written = _rows_committed(frame.sparkSession, uri, mark)
-        if written is None:
-            raise failures.write_error(error, table, dates or equals) from error
-        return written  # the commit's answer was lost: the log holds our mark
+    written = retries.repeated(
+        lambda: writer.save(uri),
+        lambda: _rows_committed(frame.sparkSession, uri, mark),
+        table,
+        dates or equals,
+    )
+    if written is not None:
+        return written
     faults.fire(root_uri, table, "after_commit", day)
     return _rows_committed(frame.sparkSession, uri, mark) or 0
 
@@ -243,26 +244,36 @@ def take_out(
         merge, metric = merge.whenMatchedUpdate(set=new_id), "numTargetRowsUpdated"
     spark.conf.set(_USER_METADATA, mark)
     try:
-        merge.execute()
-    except Exception as error:
-        changed = _rows_committed(spark, uri, mark, metric)
-        if changed is None:
-            raise failures.write_error(error, table, "all of it") from error
-        return changed  # the commit's answer was lost: the log holds our mark
+        changed = retries.repeated(
+            merge.execute, lambda: _rows_committed(spark, uri, mark, metric), table, "all of it"
+        )
     finally:
         spark.conf.unset(_USER_METADATA)
+    if changed is not None:
+        return changed
     return _rows_committed(spark, uri, mark, metric) or 0
 
 
 def exists(spark: SparkSession, root_uri: str, table: str) -> bool:
-    """Whether the table has been created; starts no Spark job."""
-    return bool(DeltaTable.isDeltaTable(spark, table_uri(root_uri, table)))
+    """Whether the table has been created; starts no Spark job.
+
+    Raises:
+        InfraError: the object store refused the look.
+    """
+    return _is_created(spark, table, table_uri(root_uri, table))
+
+
+def _is_created(spark: SparkSession, table: str, uri: str) -> bool:
+    try:
+        return bool(DeltaTable.isDeltaTable(spark, uri))
+    except (Py4JJavaError, PySparkException) as error:
+        raise failures.read_error(error, table, uri) from error
 
 
 def version(spark: SparkSession, root_uri: str, table: str) -> int | None:
     """The newest version of a table, or None where it does not exist."""
     uri = table_uri(root_uri, table)
-    if not DeltaTable.isDeltaTable(spark, uri):
+    if not _is_created(spark, table, uri):
         return None
     return int(DeltaTable.forPath(spark, uri).history(1).select("version").collect()[0][0])
 
@@ -397,7 +408,7 @@ def _property(spark: SparkSession, uri: str, name: str) -> str:
 
 
 def _create_if_absent(spark: SparkSession, declared: declarations.Table, uri: str) -> None:
-    if DeltaTable.isDeltaTable(spark, uri):
+    if _is_created(spark, declared.name, uri):
         _check_schema_version(spark, declared, uri)
         return
     # Statistics only where they skip files: min/max of user ids would keep a person's id in the log.
@@ -416,11 +427,10 @@ def _create_if_absent(spark: SparkSession, declared: declarations.Table, uri: st
     )
     if declared.partition:
         builder = builder.partitionedBy(*declared.partition)
-    try:
-        builder.execute()
-    except Exception as error:
-        if not DeltaTable.isDeltaTable(spark, uri):  # else another run has created it at the same moment
-            raise failures.write_error(error, declared.name, "creation") from error
+    # Where it is there in spite of an error, another run has created it at the same moment.
+    retries.repeated(
+        builder.execute, lambda: _is_created(spark, declared.name, uri) or None, declared.name, "creation"
+    )
 
 
 def _rows_committed(spark: SparkSession, uri: str, mark: str, metric: str = "numOutputRows") -> int | None:
@@ -433,7 +443,7 @@ def _rows_committed(spark: SparkSession, uri: str, mark: str, metric: str = "num
             DeltaTable.forPath(spark, uri).history(20).select("userMetadata", "operationMetrics").collect()
         )
     except (Py4JJavaError, PySparkException) as error:
-        raise InfraError(
+        raise failures.store_error(error, f"table at {uri}") or InfraError(
             f"table at {uri}: cannot tell whether the write was committed ({failures.first_line(error)}); "
             "run again"
         ) from error

@@ -92,7 +92,7 @@ def _vacuum(spark: SparkSession, root_uri: str, table: str, hours: int, mode: st
         try:
             rows = spark.sql(f"VACUUM {_place(root_uri, table)} RETAIN {int(hours)} HOURS{mode}").collect()
         except PySparkException as error:
-            raise InfraError(
+            raise failures.store_error(error, f"table {table}") or InfraError(
                 f"table {table}: VACUUM failed ({failures.first_line(error)}); check access and run again"
             ) from error
     return sorted(str(row[0]) for row in rows)

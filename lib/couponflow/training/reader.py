@@ -4,16 +4,16 @@ Row group number n, counted over the files in the given order, belongs to shard 
 by name only: a folder would bring replaced rows back. Nothing here knows splits or manifests.
 """
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 from numpy.typing import NDArray
 
-from couponflow.errors import ConfigError, DataError
+from couponflow.errors import ConfigError, CouponflowError, DataError, InfraError
 from couponflow.lake import storage
 
 #: One reading thread: two deliver row groups in an order that differs from run to run.
@@ -55,11 +55,12 @@ class Shard:
         Raises:
             DataError: a file is damaged (named), or a column is dropped.
             ConfigError: fewer row groups than shards.
+            InfraError: the object store refused the read.
         """
         import pyarrow as pa
 
         urls = [_petastorm_url(uri) for uri in self._uris]
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _store_answers(urls[0]):
             # Petastorm 0.12 stands on pyarrow's legacy dataset, deprecated there; the pin is deliberate.
             warnings.filterwarnings("ignore", category=FutureWarning, module="petastorm|pyarrow|couponflow")
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="petastorm")
@@ -109,7 +110,7 @@ class Shard:
 
         for uri in self._uris:
             try:
-                with open_file(uri) as source:
+                with _store_answers(uri), open_file(uri) as source:
                     pq.read_table(source, columns=self._columns, use_threads=False)
             except (OSError, pa.ArrowException):
                 return uri
@@ -122,12 +123,13 @@ def read_footer(uri: str) -> Any:
     Raises:
         FileNotFoundError: it is not there.
         DataError: it is no readable Parquet file, or carries metadata that Petastorm would unpickle.
+        InfraError: the object store refused the read.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with open_file(uri) as source:
+        with _store_answers(uri), open_file(uri) as source:
             footer = pq.read_metadata(source)
     except FileNotFoundError:
         raise
@@ -178,6 +180,30 @@ def open_file(uri: str) -> Any:
     return _gcs().open(uri, "rb") if storage.is_remote(uri) else _local_path(uri).open("rb")
 
 
+@contextmanager
+def _store_answers(uri: str) -> Iterator[None]:
+    """What the object store answered gcsfs, which has words and classes of its own, as our error."""
+    try:
+        yield
+    except CouponflowError:
+        raise
+    except Exception as error:
+        if storage.is_remote(uri) and (ours := _store_error(error, uri)):
+            raise ours from error
+        raise
+
+
+def _store_error(error: Exception, uri: str) -> InfraError | None:
+    """None where the file itself is to blame."""
+    code, family = getattr(error, "code", None), type(error).__module__.partition(".")[0]
+    if str(error).startswith("Forbidden:") or str(code) in ("401", "403"):
+        return storage.denied(uri, uri.removeprefix("gs://").partition("/")[0])
+    if family in ("gcsfs", "aiohttp", "requests", "google") or isinstance(error, TimeoutError):
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return InfraError(f"{uri}: the object store failed ({reason}); check the network, then try again")
+    return None
+
+
 def _local_path(uri: str) -> Path:
     return Path(unquote(urlparse(uri).path)) if uri.startswith("file:") else Path(uri)
 
@@ -189,9 +215,8 @@ def _petastorm_url(uri: str) -> str:
 def _gcs() -> Any:
     from gcsfs.core import GCSFileSystem  # the plain one: the package's own asks every bucket for its type
 
-    # The library reads the switch itself but would still look for credentials; tests set it.
-    token = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None
-    return GCSFileSystem(token=token)
+    # The library reads the switch itself but would still look for credentials.
+    return GCSFileSystem(token="anon" if storage.emulator() else None)
 
 
 def _petastorm_filesystem(url: str) -> Any:
