@@ -11,7 +11,7 @@ import pytest
 from couponflow.errors import DataError
 from couponflow.lake import layouts, storage
 from couponflow.training import feed, reader
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
 

@@ -89,7 +89,7 @@ DOORS = {
     "yaml": {"cloud.rendering"},
     "petastorm": {"training.reader"},
     "gcsfs": {"training.reader"},
-    "horovod": {"training.launch"},
+    "horovod": {"training.workers", "training.spark_launch"},
     "tomllib": {"config", "campaign_file"},
 }
 

@@ -15,7 +15,7 @@ from couponflow.modelling import ModelConfig, TrainingConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
 from couponflow.models.dien import Dien
 from couponflow.training import devices, metrics, steps, trainer
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 WIDE = 5
 

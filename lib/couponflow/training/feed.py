@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from couponflow.errors import ConfigError, CouponflowError, DataError
 from couponflow.lake import layouts, schemas, storage
 from couponflow.training import reader
-from couponflow.training.launch import Pending, Workers
+from couponflow.training.workers import Pending, Workers
 
 if TYPE_CHECKING:
     from couponflow.models.batch import Batch
