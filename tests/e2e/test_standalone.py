@@ -17,8 +17,8 @@ import pyspark
 import pytest
 import torch
 from builders import D0, make_frame, make_row
-from conftest import free_port
 from packed_users import packed_users
+from ports import free_port
 from pyspark.sql import SparkSession
 
 from couponflow.config import load_config
@@ -86,12 +86,8 @@ def cluster(python: Path, tmp_path: Path) -> Iterator[str]:
         for name, command in launched.items():
             # To a file: nobody drains a pipe.
             log = stack.enter_context((tmp_path / f"{name}.log").open("wb"))
-            process = subprocess.Popen(
-                [str(SPARK / "bin" / "spark-class"), *command],
-                env=_environment(python),
-                stdout=log,
-                stderr=log,
-            )
+            full = [str(SPARK / "bin" / "spark-class"), *command]
+            process = subprocess.Popen(full, env=_environment(python), stdout=log, stderr=log)
             stack.callback(process.wait, 30)
             stack.callback(process.terminate)
         yield address

@@ -154,7 +154,7 @@ def _entry(packages: Sequence[str], target: str, arguments: tuple[str, ...]) -> 
 
 
 class _Lines:
-    """A text stream that logs whole lines, however they are cut; each rank writes from a thread of its own."""
+    """A text stream that logs whole lines, however they are cut; each rank has a thread that writes."""
 
     def __init__(self, tail: deque[str]) -> None:
         self._tail, self._rest = tail, threading.local()
