@@ -10,6 +10,8 @@ UV := .tools/uv/bin/uv
 CONFIG ?= deploy/env/local.toml
 ONLY ?=
 SEED ?= 0
+# Two processes with a Spark session each, a file of tests at a time: a driver that plans small queries keeps one core.
+WORKERS ?= -n 2 --dist loadfile
 
 # Horovod's isolated build reads the toolchain by absolute path, so it cannot stand in pyproject.toml.
 export CMAKE_TOOLCHAIN_FILE := $(CURDIR)/deploy/build/toolchain.cmake
@@ -33,7 +35,7 @@ demo: install ## the same pipeline on a small synthetic shop (no download)
 
 .PHONY: test
 test: install .stamps/gcs ## all tests that need no GPU and no cloud account
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(WORKERS)
 
 .PHONY: test-unit test-spark test-e2e
 test-unit: install ## unit tests only: no JVM

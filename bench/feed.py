@@ -17,7 +17,7 @@ from bench import data
 from bench.run import Claim, in_turns, median_ratio
 from couponflow.lake import layouts
 from couponflow.sequences import packing
-from couponflow.training import feed, reader
+from couponflow.training import feed, manifests, reader
 from couponflow.training.workers import Workers
 
 CLAIMS = ("feed_vs_pyarrow",)
@@ -27,7 +27,7 @@ _SIZES = {"item": 50_002, "category": 302, "shop": 42, "event_type": 9}
 Tensors = dict[str, torch.Tensor]
 
 
-def make_files(rows: int) -> feed.Dataset:
+def make_files(rows: int) -> manifests.Dataset:
     """Examples as ``build_examples`` stores them; geometric history lengths, mean a third of the cap."""
     folder = data.FOLDER / f"examples-{rows}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def make_files(rows: int) -> feed.Dataset:
             pq.write_table(table, path, row_group_size=20_000)
         files[path.absolute().as_uri()] = rows // FILES
     groups = {uri: reader.row_groups(reader.read_footer(uri)) for uri in files}
-    return feed.Dataset(0, "v0", _SIZES, layouts.WIDE_FEATURES, {"train": files}, row_groups=groups)
+    return manifests.Dataset(0, "v0", _SIZES, layouts.WIDE_FEATURES, {"train": files}, row_groups=groups)
 
 
 def _examples(generator: np.random.Generator, rows: int) -> pa.Table:
@@ -66,7 +66,7 @@ def _examples(generator: np.random.Generator, rows: int) -> pa.Table:
     )
 
 
-def plain(dataset: feed.Dataset, size: int) -> Iterator[Tensors]:
+def plain(dataset: manifests.Dataset, size: int) -> Iterator[Tensors]:
     """Row groups of the files, cut into batches, each padded to its longest history."""
     columns = ["history", "negatives", "target", "wide", "label"]
     for uri in dataset.files["train"]:
@@ -97,7 +97,7 @@ def _padded(rows: dict[str, list[bytes]]) -> Tensors:
     return tensors
 
 
-def check_equal(dataset: feed.Dataset) -> None:
+def check_equal(dataset: manifests.Dataset) -> None:
     """Refuse to time sides whose batches differ."""
     theirs = plain(dataset, BATCH)
     for number, ours in enumerate(feed.Feed(dataset, "train", Workers(), BATCH).epoch()):

@@ -22,7 +22,7 @@ from bench.widths import MODEL
 from couponflow.modelling import TrainingConfig
 from couponflow.models.batch import Batch, random_batch
 from couponflow.models.dien import Dien
-from couponflow.training import feed, launch, steps, trainer
+from couponflow.training import feed, launch, manifests, steps, trainer
 from couponflow.training.workers import Workers
 
 CLAIMS = ("scaling_2_ranks", "feed_bound")
@@ -34,7 +34,7 @@ def train_rank(folder: Path, workers: Workers) -> None:
     """Train on this rank's shard and leave its rows, seconds and seconds of waiting in ``folder``."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dataset = feed.load_manifest(str(folder))
+    dataset = manifests.load(str(folder))
     source = feed.Feed(dataset, "train", workers, BATCH * workers.size, SHUFFLE)
     spent = {"rows": 0.0, "seconds": 0.0, "waited": 0.0}
 
@@ -68,7 +68,7 @@ def launched(num_ranks: int, rows: int) -> tuple[float, float]:
     """Rows per second of a group, and the share of its time that rank 0 waited."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        feed.write_manifest(name, make_files(rows), _MANIFEST_RUN)
+        manifests.write(name, make_files(rows), _MANIFEST_RUN)
         launch.run(num_ranks, [sys.executable, "-m", "bench.ranks", name], folder)
         spent = [json.loads((folder / f"rank-{n}.json").read_text()) for n in range(num_ranks)]
     rate = sum(rank["rows"] for rank in spent) / max(rank["seconds"] for rank in spent)

@@ -31,7 +31,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.functions import pandas_udf
 
 from bench.run import Action, Claim, in_turns, median_ratio
-from couponflow.campaign import scoring, shipping
+from couponflow.campaign import scoring
+from couponflow.campaign.scores import shipping
 from couponflow.campaigning import ScoringConfig
 from couponflow.lake import layouts, tables
 from couponflow.sections import SparkConfig

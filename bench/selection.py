@@ -11,7 +11,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from bench.run import Claim
-from couponflow.campaign import allocation, options, selection
+from couponflow.campaign import selection
+from couponflow.campaign.choice import allocation, options
 from couponflow.campaigning import CouponOption, SegmentLimit, SelectionConfig
 from couponflow.lake import tables
 from couponflow.sections import SparkConfig

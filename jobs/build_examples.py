@@ -9,7 +9,7 @@ from pyspark.sql import SparkSession
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
 from couponflow.lake import tables
 from couponflow.sequences import datasets, examples, labels
-from couponflow.training import feed
+from couponflow.training import manifests
 
 app = job_app(__doc__)
 
@@ -39,7 +39,7 @@ def _build_training(spark: SparkSession, inputs: examples.Inputs, job: Run) -> N
         written = tables.overwrite(built.frame, root, table, job.dates, job.run_id, size)
     job.rows.update({table: built.checked(written), "population": built.population})
     found = datasets.describe(spark, job.config, inputs.vocabulary, inputs.vocabulary_version)
-    uri = feed.write_manifest(root, feed.Dataset(**found), job.run_id)
+    uri = manifests.write(root, manifests.Dataset(**found), job.run_id)
     job.facts.update({**built.facts, "dataset": uri, "folds": found["folds"]})
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from couponflow.campaign import pricing
-from couponflow.campaign.pricing import NO_LIMIT, Limits, UnitLimit, Users
+from couponflow.campaign.choice import pricing
+from couponflow.campaign.choice.pricing import NO_LIMIT, Limits, UnitLimit, Users
 
 
 def random_case(

@@ -24,7 +24,7 @@ from bench.quality.verdicts import Bench, Found
 from couponflow.config import Config
 from couponflow.errors import DataError
 from couponflow.models.calibration import fit_platt, prior_shift
-from couponflow.training import backtest, baselines, feed, metrics
+from couponflow.training import backtest, baselines, feed, manifests, metrics
 
 log = logging.getLogger("couponflow")
 
@@ -102,7 +102,7 @@ class Judged:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def read(dataset: feed.Dataset) -> Campaigns:
+def read(dataset: manifests.Dataset) -> Campaigns:
     """Every labelled row of every split, with its history and its times.
 
     Raises:
@@ -157,7 +157,7 @@ def run(config: Config, models: Sequence[str] = MODELS) -> Found:
     Raises:
         DataError: the lake has no examples, or they have no cut-offs.
     """
-    dataset = feed.load_manifest(config.lake.root_uri)
+    dataset = manifests.load(config.lake.root_uri)
     if not dataset.folds:
         raise DataError(
             f"{config.lake.root_uri}: the examples have no cut-offs; set examples.cutoffs and run make run"

@@ -155,7 +155,7 @@ def readout(
     Example: couponflow campaign readout --campaign 18 --version 2017-10-30-dien-0123456789ab-1a2b3c
     """
     with errors_as_exit_codes():
-        from couponflow.campaign import settled
+        from couponflow.campaign.readouts import settled
 
         settings = campaign_file.applied(load_config(config, tuple(overrides or ())), campaign)
         record = settled.read_out(settings, LazySpark(settings), campaign, version, "command line")
@@ -169,7 +169,7 @@ def readout(
 
 def plan_rows(found: dict[str, Any], currency: str) -> list[list[Any]]:
     """The lines of a plan, as a person reads them; an expected value with its 95 % interval."""
-    from couponflow.campaign import formats, prospects
+    from couponflow.campaign.pages import formats, prospects
 
     def money(name: str) -> str:
         return formats.money(found[name], currency)
@@ -202,14 +202,14 @@ def plan_rows(found: dict[str, Any], currency: str) -> list[list[Any]]:
 
 def points(share: float | None) -> str:
     """A difference of shares in percentage points."""
-    from couponflow.campaign import formats
+    from couponflow.campaign.pages import formats
 
     return formats.decimal(None if share is None else share * 100, 2, is_signed=True)
 
 
 def show_readout(record: dict[str, Any]) -> None:
     """Print effects first, then arms, then expected against actual; a refused readout has no effects."""
-    from couponflow.campaign import formats
+    from couponflow.campaign.pages import formats
 
     currency = record["settings"]["lake.currency"]
 

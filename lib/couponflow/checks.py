@@ -119,7 +119,9 @@ def _check_deploy(name: str, as_json: bool) -> None:
     prices = environment.cloud.prices
     if as_json:
         about = {"source_url": prices.source_url, "read_date": prices.read_date, "currency": prices.currency}
-        shown = {"environment": environment.cloud.environment, "prices": about}
+        # Scripts of deploy/ take their names from here, so that each stands in one file.
+        cloud = environment.cloud.model_dump(mode="json", exclude={"prices"})
+        shown = {"environment": environment.cloud.environment, "cloud": cloud, "prices": about}
         console.show_json({**shown, "specs": [asdict(verdict) for verdict in verdicts]})
     else:
         title = f"Specs of environment {environment.cloud.environment}"

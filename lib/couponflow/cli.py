@@ -319,7 +319,7 @@ def _show_run(settings: Config, outcomes: list[pipeline.Outcome], spark: Any) ->
 
 def _read_out(settings: Config, campaign: str, records: dict[str, runs.RunRecord], spark: Any) -> None:
     """What the campaign's mails did, or why that cannot be told; a run ends well either way."""
-    from couponflow.campaign import settled
+    from couponflow.campaign.readouts import settled
 
     version = str(records[f"select_audience campaign {campaign}"].facts["version"])
     own = campaign_file.applied(settings, campaign)

@@ -10,7 +10,7 @@ import pytest
 
 from couponflow.errors import DataError
 from couponflow.lake import layouts, storage
-from couponflow.training import feed, reader
+from couponflow.training import feed, manifests, reader
 from couponflow.training.workers import Workers
 
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
@@ -64,9 +64,9 @@ def test_two_shards_of_a_remote_dataset_read_every_row_once(bucket: str) -> None
         upload(uri, first, size, 25)
         first += size
     upload(f"{root}/tables/training_examples/orphan.parquet", 900, 10, 10)  # of no snapshot
-    dataset = feed.Dataset(7, "v1", SIZES, layouts.WIDE_FEATURES, {"train": sizes})
-    feed.write_manifest(root, dataset, "run-1")
-    loaded = feed.load_manifest(root)
+    dataset = manifests.Dataset(7, "v1", SIZES, layouts.WIDE_FEATURES, {"train": sizes})
+    manifests.write(root, dataset, "run-1")
+    loaded = manifests.load(root)
     assert list(loaded.row_groups.values()) == [(25, 25, 20), (25, 20), (25, 25, 14)]
     expected = loaded.shard_rows(list(sizes), 2)
     assert (sum(expected), expected) == (179, [90, 89])
@@ -82,8 +82,8 @@ def test_two_shards_of_a_remote_dataset_read_every_row_once(bucket: str) -> None
     assert sorted(seen) == list(range(179))
     short = replace(loaded, row_groups=loaded.row_groups | {next(iter(sizes)): (25, 25, 21)})
     with pytest.raises(DataError, match=r"part-0.parquet has row groups of \[25, 25, 20\] rows"):
-        feed.check(short, "train")
+        manifests.check(short, "train")
     storage._blob(list(sizes)[1]).delete()
     reader._gcs().invalidate_cache()
     with pytest.raises(DataError, match=r"part-1.parquet .* does not exist"):
-        feed.check(loaded, "train")
+        manifests.check(loaded, "train")

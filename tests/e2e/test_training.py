@@ -21,7 +21,7 @@ from couponflow.models.batch import Batch, empty_batch, random_batch
 from couponflow.models.bundle import load_bundle
 from couponflow.models.calibration import fit_platt
 from couponflow.models.tabular import CAMPAIGN_TYPES
-from couponflow.training import calibrators, feed, fitting, launch, registry, steps, trainer
+from couponflow.training import calibrators, feed, fitting, launch, manifests, registry, steps, trainer
 from couponflow.training.checkpoints import Identity, Store
 from couponflow.training.workers import Workers
 
@@ -106,7 +106,7 @@ def one_rank(workers: Workers, root: str) -> None:
     for left, right in zip(exact, together.parameters(), strict=True):
         torch.testing.assert_close(right.grad, left, rtol=2e-3, atol=2e-4)
         assert not torch.equal(right.grad, left)
-    opened = feed.Feed(feed.load_manifest(root), "train", workers, 64, 1000, 1)
+    opened = feed.Feed(manifests.load(root), "train", workers, 64, 1000, 1)
     row = make_row(POISON, "train")
     network = Poisoned(float(np.frombuffer(row["wide"], "<f4")[0]), len(layouts.WIDE_FEATURES))
     seen: list[int] = []
@@ -153,7 +153,7 @@ def lake(tmp_path: Path) -> tuple[str, str]:
 def check_segments(root: str, version: str) -> None:
     """Types met their own logits though two ranks scored them: the fit of one process is the same."""
     bundle = load_bundle(Path(root, "models", version))
-    rows = feed.read_all(feed.load_manifest(root), "valid")
+    rows = feed.read_all(manifests.load(root), "valid")
     logit, types = fitting.score_rows(bundle, rows), calibrators.row_types(rows)
     again = fit_platt(logit, np.array([row.label for row in rows]), types=types)
     assert set(bundle.calibrator.segments) == set(CAMPAIGN_TYPES)

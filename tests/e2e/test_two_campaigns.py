@@ -19,7 +19,8 @@ import pytest
 from pyspark.sql import SparkSession
 
 from couponflow import pipeline
-from couponflow.campaign import assignment, overview
+from couponflow.campaign import overview
+from couponflow.campaign.choice import assignment
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange
 from couponflow.entry import record_run

@@ -16,7 +16,8 @@ from pyspark.sql import functions as F
 from typer.testing import CliRunner
 
 from couponflow import cli, pipeline
-from couponflow.campaign import explain, overview, report
+from couponflow.campaign import explain, overview
+from couponflow.campaign.pages import report
 from couponflow.config import Config, load_config
 from couponflow.lake import layouts, runs, schemas, storage, tables
 from couponflow.sources.synthetic_dirt import REASONS

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from couponflow.lake import layouts
-from couponflow.training import feed
+from couponflow.training import manifests
 
 SIZES = {"item": 40, "category": 12, "shop": 6, "event_type": 9}
 FILES, TRAIN, HELD = 3, 170, 60
@@ -58,7 +58,7 @@ def make_lake(folder: Path) -> tuple[str, str]:
         pq.write_table(table.set_column(index, "label", table["label"].cast("int32")), path)
         for split in files:
             files[split][path.as_uri()] = splits.count(split)
-    feed.write_manifest(str(root), feed.Dataset(0, "voc-1", SIZES, layouts.WIDE_FEATURES, files), "build-1")
+    manifests.write(str(root), manifests.Dataset(0, "voc-1", SIZES, layouts.WIDE_FEATURES, files), "build-1")
     config = folder / "test.toml"
     config.write_text(
         f"[lake]\nroot_uri = '{root}'\n"

@@ -9,8 +9,8 @@ import pytest
 from knapsack_cases import random_case
 from pyspark.sql import DataFrame, SparkSession
 
-from couponflow.campaign import allocation, assignment, knapsack, pricing
-from couponflow.campaign.pricing import Limits, Users
+from couponflow.campaign.choice import allocation, assignment, knapsack, pricing
+from couponflow.campaign.choice.pricing import Limits, Users
 from couponflow.errors import DataError
 from couponflow.lake import literals
 

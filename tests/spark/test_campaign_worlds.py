@@ -12,8 +12,9 @@ import pytest
 from builders import D0, make_frame, make_row
 from pyspark.sql import Row, SparkSession
 
-from couponflow.campaign import assignment, contact_rules, eligibility, selection
+from couponflow.campaign import contact_rules, eligibility, selection
 from couponflow.campaign import ledger as books
+from couponflow.campaign.choice import assignment
 from couponflow.campaigning import SelectionConfig
 from couponflow.dates import day_start
 from couponflow.errors import ConfigError

@@ -35,7 +35,7 @@ from couponflow.lake import (
     upkeep,
 )
 from couponflow.sequences import datasets, feeds, records
-from couponflow.training import feed
+from couponflow.training import feed, manifests
 
 DAYS = DateRange(D0, D0 + timedelta(days=2))
 GONE, STAYS, OTHER = "customer-000017", "customer-000018", "customer-0000171"
@@ -186,9 +186,9 @@ class World:
         task = self.handover()
         found = [(user, "18", "v1", None, n + 1) for n, user in enumerate(self.pseudonym.values())]
         export.hand_over(task, export.Recipients(found, 0), "select-1")
-        known = feed.Dataset(0, "x", {"item": 5}, layouts.WIDE_FEATURES, {})
+        known = manifests.Dataset(0, "x", {"item": 5}, layouts.WIDE_FEATURES, {})
         counted = datasets.count(self.spark, self.config)
-        feed.write_manifest(self.root, replace(known, **counted), "build-1")
+        manifests.write(self.root, replace(known, **counted), "build-1")
 
     def handover(self) -> export.Handover:
         return export.Handover(self.root, self.config.export.target_uri, "18", "v1", D0, "export-1")
@@ -332,9 +332,9 @@ def test_the_list_is_rewritten_and_still_handed_over(world: World) -> None:
 
 
 def test_training_goes_on_with_the_rest(world: World) -> None:
-    dataset = feed.load_manifest(world.root)
+    dataset = manifests.load(world.root)
     assert dataset.rows("train") == 2
-    feed.check(dataset, "train")
+    manifests.check(dataset, "train")
     assert {row.user_id for row in feed.read_all(dataset, "train")} == {
         world.pseudonym[STAYS],
         world.pseudonym[OTHER],

@@ -18,7 +18,7 @@ from couponflow.errors import ConfigError, DataError
 from couponflow.lake import literals, runs, tables
 from couponflow.sections import VocabularyConfig
 from couponflow.sequences import datasets, examples, labels, vocabulary
-from couponflow.training import feed
+from couponflow.training import manifests
 from jobs import build_examples, build_vocabulary
 
 D = date(2024, 3, 1)
@@ -302,7 +302,7 @@ def test_day_runs_equal_a_range_run_and_a_rerun_changes_nothing(spark: SparkSess
     assert histories == {row["user_id"]: row["history"] for row in trained}
     with pytest.raises(DataError, match="no label is mature"):
         run_job(spark, build_examples, config, DateRange.day(days(55)))
-    dataset = feed.load_manifest(root_uri)
+    dataset = manifests.load(root_uri)
     assert (dataset.rows("train"), dataset.rows("embargo"), dataset.sampling_rate) == (16, 16, 1.0)
     assert sum(sum(groups) for groups in dataset.row_groups.values()) == 32
     assert dataset.folds == tuple(job.facts["folds"]) == ()
@@ -342,7 +342,7 @@ def test_a_version_may_be_named_and_must_fit_the_events(spark: SparkSession, con
     assert job.rows["population"] == 80 == len(rows) + sampled_out
     assert {(row["label"], row["sampling_rate"]) for row in kept} == {(1, 1.0), (0, 0.3)}
     assert {row["sampling_rate"] for row in rows if row["split"] != "train"} == {1.0}
-    dataset = feed.load_manifest(root_uri)
+    dataset = manifests.load(root_uri)
     assert (dataset.sampling_rate, dataset.vocabulary_version) == (0.3, name)
     found = [[fold[f"{part}_rows"] for part in ("train", "test")] for fold in dataset.folds]
     assert found == [[0, len(kept)], [len(kept), 0], [len(kept), 40]]
@@ -361,7 +361,7 @@ def test_a_version_may_be_named_and_must_fit_the_events(spark: SparkSession, con
     marked = datasets.describe(spark, config, unseen, name)
     assert sum(marked["files"]["train"].values()) == len(kept) - 1
     with pytest.raises(DataError, match="deletion vectors"):
-        feed.write_manifest(root_uri, feed.Dataset(**marked), "r")
+        manifests.write(root_uri, manifests.Dataset(**marked), "r")
 
 
 def examples_of(config: Config, **over: Any) -> Config:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from pyspark.sql import DataFrame, SparkSession
 
-from couponflow.campaign import assignment, exploration, options, selection
+from couponflow.campaign import selection
+from couponflow.campaign.choice import assignment, exploration, options
 from couponflow.campaigning import CouponOption, SegmentLimit, SelectionConfig
 from couponflow.errors import ConfigError
 from couponflow.lake import literals

@@ -8,7 +8,8 @@ import pytest
 from builders import D0, make_frame, make_row
 from pyspark.sql import DataFrame, SparkSession
 
-from couponflow.campaign import assignment, eligibility, reach
+from couponflow.campaign import eligibility, reach
+from couponflow.campaign.choice import assignment
 from couponflow.campaigning import SegmentLimit, SelectionConfig
 from couponflow.config import Config
 from couponflow.dates import DateRange

@@ -18,7 +18,8 @@ from builders import D0, make_frame, make_row
 from packed_users import CAMPAIGNS, NUM_WIDE, Packed, packed_users
 from pyspark.sql import DataFrame, SparkSession
 
-from couponflow.campaign import gates, publication, scoring, shipping
+from couponflow.campaign import publication, scoring
+from couponflow.campaign.scores import gates, shipping
 from couponflow.campaigning import ScoringConfig
 from couponflow.errors import ConfigError, DataError, InfraError
 from couponflow.lake import faults, literals, schemas, storage, tables

@@ -15,7 +15,8 @@ from builders import D0, make_frame, make_row
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
-from couponflow.campaign import assignment, eligibility, export, knapsack, options, pricing, selection
+from couponflow.campaign import eligibility, export, selection
+from couponflow.campaign.choice import assignment, knapsack, options, pricing
 from couponflow.campaigning import CouponOption, SegmentLimit, SelectionConfig
 from couponflow.config import Config
 from couponflow.dates import DateRange
@@ -242,7 +243,7 @@ def test_a_condition_that_cannot_be_evaluated_names_its_segment(spark: SparkSess
 def test_incremental_profit_counts_what_the_mail_causes(spark: SparkSession) -> None:
     section = SelectionConfig(**BASE, objective="incremental_profit")
     bare = frame_of(spark, [("u", 0.5, None)])
-    with pytest.raises(ConfigError, match=r"needs uplift scores.*score with an uplift model"):
+    with pytest.raises(ConfigError, match=r"needs uplift scores.*have none; set selection.objective"):
         selection.with_decision(bare, "18", section)
     uplift = {
         "always buys": (0.9, 0.0),

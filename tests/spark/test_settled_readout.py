@@ -10,7 +10,7 @@ from builders import D0, T0, make_event, make_frame, make_row
 from pyspark.sql import SparkSession
 from typer.testing import CliRunner
 
-from couponflow.campaign import intervals, settled
+from couponflow.campaign.readouts import intervals, settled
 from couponflow.cli import app
 from couponflow.lake import storage, tables
 

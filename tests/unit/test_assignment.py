@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from couponflow.campaign import assignment
+from couponflow.campaign.choice import assignment
 from couponflow.campaigning import SelectionConfig
 
 USERS = [f"user-{n}" for n in range(20_000)]

@@ -15,7 +15,7 @@ from couponflow.config import Config
 from couponflow.errors import DataError
 from couponflow.lake import layouts
 from couponflow.models.calibration import Calibrator, sigmoid
-from couponflow.training import backtest, baselines, feed, fitting
+from couponflow.training import backtest, baselines, feed, fitting, manifests
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
@@ -51,7 +51,9 @@ def make_rows(size: int, seed: int = 0, split: str = "train", base: float = -1.0
     return rows
 
 
-def make_dataset(folder: Path, rows: list[dict[str, Any]], cutoffs: tuple[int, ...] = ()) -> feed.Dataset:
+def make_dataset(
+    folder: Path, rows: list[dict[str, Any]], cutoffs: tuple[int, ...] = ()
+) -> manifests.Dataset:
     files: dict[str, dict[str, int]] = {}
     for split in sorted({row["split"] for row in rows}):
         table = pa.Table.from_pylist([row for row in rows if row["split"] == split])
@@ -72,9 +74,9 @@ def make_dataset(folder: Path, rows: list[dict[str, Any]], cutoffs: tuple[int, .
         for part, chosen in (("train", train), ("test", test)):
             fold |= {f"{part}_rows": len(chosen), f"{part}_positives": sum(row["label"] for row in chosen)}
         folds.append(fold)
-    dataset = feed.Dataset(1, "v1", SIZES, layouts.WIDE_FEATURES, files, folds=tuple(folds))
-    feed.write_manifest(str(folder), dataset, "r")
-    return feed.load_manifest(str(folder))
+    dataset = manifests.Dataset(1, "v1", SIZES, layouts.WIDE_FEATURES, files, folds=tuple(folds))
+    manifests.write(str(folder), dataset, "r")
+    return manifests.load(str(folder))
 
 
 def test_each_cut_off_is_judged_on_what_followed_it(tmp_path: Path, config: Config) -> None:

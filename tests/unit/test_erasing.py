@@ -22,7 +22,7 @@ from couponflow.lake.needles import Needles
 from couponflow.sequences import erasing, records
 from couponflow.sequences.records import RawFile
 from couponflow.sources.landing import Landing
-from couponflow.training import feed, manifests
+from couponflow.training import manifests
 
 PERSON = "person-7"
 FOUND = Needles((PERSON,))
@@ -193,8 +193,8 @@ def dataset(folder: Path, version: int, names: list[str]) -> str:
         (folder / name).touch()
     rows = {(folder / name).as_uri(): 1 for name in names}
     groups = {uri: (1,) for uri in rows}  # given, so that no footer is read
-    made = feed.Dataset(version, "v1", {"item": 3}, layouts.WIDE_FEATURES, {"train": rows}, groups)
-    return feed.write_manifest(str(folder), made, "r")
+    made = manifests.Dataset(version, "v1", {"item": 3}, layouts.WIDE_FEATURES, {"train": rows}, groups)
+    return manifests.write(str(folder), made, "r")
 
 
 def test_a_manifest_is_renewed_and_older_ones_go(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_manifests_of_files_that_go_are_retired_and_the_newest_one_stops(tmp_pat
     assert manifests.retire(root, [str(tmp_path / "a")], dry_run=True) == [first]
     assert manifests.retire(root, [str(tmp_path / "a")], dry_run=False) == [first]
     with pytest.raises(DataError, match=r"training_examples-v1\.json does not exist"):
-        feed.load_manifest(root, 1)
+        manifests.load(root, 1)
     with pytest.raises(DataError, match="run build_examples, then maintain again"):
         manifests.retire(root, [str(tmp_path / "b")], dry_run=False)
     second = dataset(tmp_path, 3, ["d"])

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import layouts
-from couponflow.training import feed, reader
+from couponflow.training import feed, manifests, reader
 from couponflow.training.workers import Workers
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
@@ -47,11 +47,11 @@ def make_example(number: int, split: str = "train", length: int = 2) -> dict[str
     }
 
 
-def dataset_of(files: dict[str, dict[str, int]], vocabulary: str = "v1", **over: object) -> feed.Dataset:
+def dataset_of(files: dict[str, dict[str, int]], vocabulary: str = "v1", **over: object) -> manifests.Dataset:
     """A dataset of these files as table version 3, its row groups read off the footers."""
     uris = {uri for named in files.values() for uri in named}
     groups = {uri: reader.row_groups(reader.read_footer(uri)) for uri in uris}
-    base = feed.Dataset(3, vocabulary, SIZES, layouts.WIDE_FEATURES, files, groups)
+    base = manifests.Dataset(3, vocabulary, SIZES, layouts.WIDE_FEATURES, files, groups)
     return replace(base, **over)
 
 
@@ -64,7 +64,7 @@ def write_file(folder: Path, name: str, rows: list[dict[str, object]], rows_per_
     return (folder / name).absolute().as_uri()
 
 
-def make_dataset(folder: Path, sizes: tuple[int, ...], valid: int = 1) -> feed.Dataset:
+def make_dataset(folder: Path, sizes: tuple[int, ...], valid: int = 1) -> manifests.Dataset:
     """One file per size, numbered on; ``valid`` rows of each file are of split valid."""
     files: dict[str, dict[str, int]] = {"train": {}, "valid": {}}
     number = 0
@@ -310,14 +310,14 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, content: bytes) -> N
     dataset = make_dataset(tmp_path, (4, 4))
     (tmp_path / "part-0.parquet").write_bytes(content)
     with pytest.raises(DataError, match=r"part-0.parquet is no readable Parquet file"):
-        feed.check(dataset, "train")
+        manifests.check(dataset, "train")
 
 
 def test_more_ranks_than_row_groups(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, (4, 4, 4))
-    feed.check(dataset, "train", num_ranks=3)
+    manifests.check(dataset, "train", num_ranks=3)
     with pytest.raises(ConfigError, match="has 3 row groups, need >= 4 for 4 ranks"):
-        feed.check(dataset, "train", num_ranks=4)
+        manifests.check(dataset, "train", num_ranks=4)
 
 
 def test_fewer_rows_per_step_than_ranks(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_drifted_columns_are_named(tmp_path: Path, column: str, value: object, m
     pq.write_table(table, tmp_path / "x.parquet")
     dataset = dataset_of({"train": {(tmp_path / "x.parquet").as_uri(): 3}})
     with pytest.raises(DataError, match=f"column .*x.parquet: {message}"):
-        feed.check(dataset, "train", columns=(column,))
+        manifests.check(dataset, "train", columns=(column,))
 
 
 def test_rows_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
@@ -410,7 +410,7 @@ def test_remote_files_are_read_through_the_legacy_adapter(
     assert feed.read_all(dataset, "train") == feed.read_all(local, "train")
     bucket.rm("gs://bucket/lake/part-1.parquet")
     with pytest.raises(DataError, match=r"gs://bucket/lake/part-1.parquet .* does not exist"):
-        feed.check(dataset, "train")
+        manifests.check(dataset, "train")
 
 
 @pytest.mark.parametrize("where", ["_common_metadata", "part-0.parquet"])
@@ -424,12 +424,12 @@ def test_pickled_metadata_is_refused(tmp_path: Path, where: str) -> None:
     else:
         pq.write_table(marked, tmp_path / where)
     with pytest.raises(DataError, match=f"{where} carries pickled Petastorm metadata"):
-        feed.check(dataset, "train")
+        manifests.check(dataset, "train")
 
 
 def test_no_rows_of_a_split(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no rows of split test"):
-        feed.check(make_dataset(tmp_path, (4,)), "test")
+        manifests.check(make_dataset(tmp_path, (4,)), "test")
 
 
 def test_read_all_is_ordered_by_example_and_carries_ids(tmp_path: Path) -> None:
@@ -446,14 +446,14 @@ def test_manifest_round_trip_pointer_and_immutability(tmp_path: Path) -> None:
     made = make_dataset(tmp_path / "files", (4, 3))
     fold = {"cutoff": "2024-01-01", "start": "2024-01-01T00:00:00+00:00", "end": "", "train_rows": 3}
     dataset = replace(made, row_groups={}, sampling_rate=0.25, folds=(fold,))
-    uri = feed.write_manifest(root, dataset, "run-1")
+    uri = manifests.write(root, dataset, "run-1")
     assert uri.endswith("datasets/training_examples-v3.json")
-    assert feed.write_manifest(root, dataset, "run-2") == uri  # a rerun writes the same
+    assert manifests.write(root, dataset, "run-2") == uri  # a rerun writes the same
     with pytest.raises(ConflictError, match="other content"):
-        feed.write_manifest(root, replace(dataset, vocabulary_version="v2"), "run-3")
-    feed.write_manifest(root, replace(dataset, table_version=5), "run-4")
-    assert feed.load_manifest(root).table_version == 5
-    old = feed.load_manifest(root, 3)
+        manifests.write(root, replace(dataset, vocabulary_version="v2"), "run-3")
+    manifests.write(root, replace(dataset, table_version=5), "run-4")
+    assert manifests.load(root).table_version == 5
+    old = manifests.load(root, 3)
     assert old == replace(dataset, row_groups=made.row_groups)
     assert sorted(old.row_groups.values()) == [(3,), (4,)]
     assert old.rows("train") == 5
@@ -468,9 +468,9 @@ def test_rows_that_delta_has_only_marked_as_deleted_are_refused(tmp_path: Path) 
     with pytest.raises(
         DataError, match=r"part-0.parquet holds 4 rows, .* version 3 3 of them: .* deletion vec"
     ):
-        feed.write_manifest(str(tmp_path), replace(marked, row_groups={}), "r")
+        manifests.write(str(tmp_path), replace(marked, row_groups={}), "r")
     with pytest.raises(DataError, match="deletion vectors"):
-        feed.check(marked, "train")
+        manifests.check(marked, "train")
     with pytest.raises(DataError, match="deletion vectors"):
         feed.read_dated(marked)
 
@@ -480,7 +480,7 @@ def test_a_file_whose_row_groups_changed_is_refused(tmp_path: Path) -> None:
     dataset = dataset_of({"train": {uri: 6}})
     write_file(tmp_path, "a.parquet", [make_example(n) for n in range(6)], 4)
     with pytest.raises(DataError, match=r"row groups of \[4, 2\] rows, the manifest says \[3, 3\]"):
-        feed.check(dataset, "train")
+        manifests.check(dataset, "train")
 
 
 def test_orphans_beside_the_files_are_not_read(tmp_path: Path) -> None:
@@ -495,12 +495,12 @@ def test_orphans_beside_the_files_are_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "empty"])
 def test_a_half_written_manifest_is_refused(tmp_path: Path, damage: str) -> None:
-    feed.write_manifest(str(tmp_path), make_dataset(tmp_path / "files", (4,)), "r")
+    manifests.write(str(tmp_path), make_dataset(tmp_path / "files", (4,)), "r")
     for path in (tmp_path / "datasets").iterdir():
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
     with pytest.raises(DataError, match="is no dataset manifest"):
-        feed.load_manifest(str(tmp_path))
+        manifests.load(str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
@@ -523,14 +523,14 @@ def test_a_damaged_file_of_our_own_table_is_named(tmp_path: Path, damage: str) -
 
 def test_missing_damaged_and_foreign_manifests(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        feed.load_manifest(str(tmp_path))
+        manifests.load(str(tmp_path))
     path = tmp_path / "datasets" / "training_examples.json"
     path.parent.mkdir()
     path.write_text("{}")
     with pytest.raises(DataError, match="is no dataset manifest"):
-        feed.load_manifest(str(tmp_path))
-    feed.write_manifest(str(tmp_path / "b"), feed.Dataset(1, "v", SIZES, layouts.WIDE_FEATURES, {}), "r")
+        manifests.load(str(tmp_path))
+    manifests.write(str(tmp_path / "b"), manifests.Dataset(1, "v", SIZES, layouts.WIDE_FEATURES, {}), "r")
     tree = json.loads((tmp_path / "b/datasets/training_examples.json").read_text())
     path.write_text(json.dumps(tree | {"wide_features": ["spend"]}))
     with pytest.raises(DataError, match="lists 1 aggregates that differ"):
-        feed.load_manifest(str(tmp_path))
+        manifests.load(str(tmp_path))

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from couponflow.campaign import forecasting, intervals
+from couponflow.campaign import forecasting
+from couponflow.campaign.choice.options import MICRO
 from couponflow.campaign.forecasting import NANO, Spread
-from couponflow.campaign.options import MICRO
+from couponflow.campaign.readouts import intervals
 from couponflow.campaigning import CouponOption, SelectionConfig
 
 COUPONS = (

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_bundle import BATCH, BUNDLES
 
-from couponflow.campaign import influence
+from couponflow.campaign.scores import influence
 from couponflow.models.batch import Batch
 
 ROW = BATCH.take([int(torch.argmax(BATCH.length))])

@@ -8,8 +8,8 @@ import pytest
 from knapsack_cases import random_case
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from couponflow.campaign import knapsack, pricing
-from couponflow.campaign.pricing import Limits, UnitLimit, Users
+from couponflow.campaign.choice import knapsack, pricing
+from couponflow.campaign.choice.pricing import Limits, UnitLimit, Users
 from couponflow.errors import DataError
 
 #: Value and cost of the options of users A, B, C, in thousandths, so that a slope is no whole number.

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from couponflow import campaign_commands
-from couponflow.campaign import formats, intervals, planning, power
+from couponflow.campaign import planning
+from couponflow.campaign.pages import formats
 from couponflow.campaign.planning import Base
-from couponflow.campaign.power import Arms
+from couponflow.campaign.readouts import intervals, power
+from couponflow.campaign.readouts.power import Arms
 from couponflow.campaigning import CouponOption, SelectionConfig
 from couponflow.errors import ConfigError, DataError
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from couponflow.campaign import formats, prospects
+from couponflow.campaign.pages import formats, prospects
 
 
 def make_facts(**over: Any) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def make_facts(**over: Any) -> dict[str, Any]:
         "expected_profit_amount": 276.83,
         "expected_profit_amount_interval": None,
         "forecast_words": "Chance alone.",
-        "reach": {"groups": [make_row("age", "35-44"), make_row("history", "with events", ratio=1.0)]},
+        "reach": {"groups": [make_row("age", "35-44"), make_row("age", "unknown", ratio=1.0)]},
     } | over
 
 
@@ -53,7 +53,7 @@ def test_a_short_reach_is_shown_whole_and_a_long_one_by_interest() -> None:
     rows = shown(make_facts())["Campaign 18: whom it reaches"]
     assert rows == [
         ["age: 35-44", 400, 100, 90, "25.0%", "1.50", "1.30 to 1.70"],
-        ["history: with events", 400, 100, 90, "25.0%", "1.00", "0.80 to 1.20"],
+        ["age: unknown", 400, 100, 90, "25.0%", "1.00", "0.80 to 1.20"],
     ]
     ordinary = [make_row("income", f"{n}K", ratio=1.0 + n / 1000) for n in range(20)]
     apart = [make_row("age", "none", ratio=0.0, width=0.1), make_row("age", "few", ratio=0.5)]
@@ -67,6 +67,9 @@ def test_a_short_reach_is_shown_whole_and_a_long_one_by_interest() -> None:
 def test_what_is_not_recorded_is_not_shown() -> None:
     assert shown({}) == {}
     assert list(shown(make_facts(reach={"groups": []}))) == ["Campaign 18: forecast"]
+    alone = {"groups": [make_row("history", "smaller groups", ratio=1.0)]}  # everyone against everyone
+    assert list(shown(make_facts(reach=alone))) == ["Campaign 18: forecast"]
+    assert prospects.reach_context(make_facts(reach=alone)) == []
     assert prospects.reach_context({}) == []
     assert prospects.forecast_context({}, "USD") == dict.fromkeys((*prospects.EXPECTED, "words"), "")
 
@@ -78,6 +81,7 @@ def test_each_attribute_has_its_rows_and_a_picture_where_there_is_something_to_c
         make_row("age_group", "<b>&", ratio=1.1),
         make_row("age_group", "nobody selected", ratio=None),
         make_row("history", "with events", ratio=1.0),
+        make_row("history", "cold start", ratio=None),
     ]
     age, history = prospects.reach_context(make_facts(reach={"groups": groups}))
     assert (age["attribute"], history["attribute"], history["chart"]) == ("age group", "history", "")

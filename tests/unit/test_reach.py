@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from builders import test_config
 
-from couponflow.campaign import candidates, intervals, reach
+from couponflow.campaign import candidates, reach
 from couponflow.campaign.reach import HISTORY, MAX_GROUPS, MIN_USERS, Group
+from couponflow.campaign.readouts import intervals
 from couponflow.campaigning import SelectionConfig
 from couponflow.errors import ConfigError
 

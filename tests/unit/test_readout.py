@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from couponflow.campaign import actuals, effects, intervals, readout
-from couponflow.campaign.effects import Arm, Cell, Money
+from couponflow.campaign.readouts import actuals, effects, intervals, readout
+from couponflow.campaign.readouts.effects import Arm, Cell, Money
 from couponflow.errors import ConfigError
 from couponflow.training import metrics
 

@@ -24,7 +24,7 @@ from couponflow.models.batch import RANDOM_SIZES
 from couponflow.models.bundle import Bundle, load_bundle
 from couponflow.models.calibration import Calibrator, logit, sigmoid
 from couponflow.models.tabular import CAMPAIGN_TYPES, Logistic, Rate
-from couponflow.training import calibrators, feed, fitting, metrics, recalibration, registry
+from couponflow.training import calibrators, feed, fitting, manifests, metrics, recalibration, registry
 from couponflow.training.workers import Workers
 
 WIDTH = len(layouts.WIDE_FEATURES)
@@ -96,8 +96,8 @@ def settings(tmp_path: Path) -> Config:
         path = folder / f"{split}.parquet"
         pq.write_table(table.set_column(place, "label", table["label"].cast("int32")), path)
         files[split] = {path.as_uri(): len(rows)}
-    dataset = feed.Dataset(3, "v1", dict(RANDOM_SIZES), layouts.WIDE_FEATURES, files)
-    feed.write_manifest(config.lake.root_uri, dataset, "build")
+    dataset = manifests.Dataset(3, "v1", dict(RANDOM_SIZES), layouts.WIDE_FEATURES, files)
+    manifests.write(config.lake.root_uri, dataset, "build")
     return config
 
 
@@ -208,7 +208,7 @@ def test_an_evaluation_keeps_the_ratio_before_and_after() -> None:
 
 
 def test_types_of_a_feed_lie_beside_its_labels(settings: Config) -> None:
-    dataset = feed.load_manifest(settings.lake.root_uri)
+    dataset = manifests.load(settings.lake.root_uri)
     valid_feed = feed.Feed(dataset, "valid", Workers(), 64)
     types = fitting.valid_types(valid_feed, Workers())
     rows = [(kind, label) for kind, label in zip(types, labels_of(valid_feed), strict=True)]
@@ -256,7 +256,7 @@ def test_a_new_calibrator_is_a_new_version_of_the_same_weights(settings: Config,
 def test_a_spoilt_calibrator_is_mended_and_both_qualities_are_told(settings: Config) -> None:
     bundle = bundle_of(settings, train(settings))
     spoilt = replace(bundle, calibrator=Calibrator("platt", 1.0, 2.0))
-    every = feed.read_dated(feed.load_manifest(settings.lake.root_uri))
+    every = feed.read_dated(manifests.load(settings.lake.root_uri))
     rows = [row for row in every if row.target_id in ("a2", "b2")]
     made, before, after = recalibration.refit(settings, spoilt, rows, every)
     label = np.array([row.label for row in rows])
@@ -320,7 +320,7 @@ def test_a_blend_counts_validation_as_its_training(settings: Config) -> None:
     blend = fitting.fitted_on(settings, "blend")
     assert blend["final_by"] == int(instant("2024-03-01").timestamp()) * 1_000_000
     bundle = bundle_of(settings, train(settings))
-    every = feed.read_dated(feed.load_manifest(settings.lake.root_uri))
+    every = feed.read_dated(manifests.load(settings.lake.root_uri))
     with pytest.raises(ConfigError, match="was fitted on 1300 of 1300 rows"):
         recalibration.matured_rows(
             settings, replace(bundle, metrics={"fitted_on": blend}), "blend-x", every, VALID

@@ -19,7 +19,7 @@ from couponflow.lake import layouts, storage
 from couponflow.models.bundle import Bundle, load_bundle, save_bundle
 from couponflow.models.calibration import Calibrator
 from couponflow.models.tabular import Logistic
-from couponflow.training import feed, registry
+from couponflow.training import manifests, registry
 
 NUM_WIDE = len(layouts.WIDE_FEATURES)
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
@@ -50,8 +50,8 @@ def register_real(root_uri: str, folder: Path, intercept: float, vocabulary: str
 
 def write_examples(root_uri: str, vocabulary: str) -> None:
     files = {"train": {"file:///nowhere": 0}}
-    dataset = feed.Dataset(1, vocabulary, SIZES, layouts.WIDE_FEATURES, files, {"file:///nowhere": ()})
-    uri = Path(feed.write_manifest(root_uri, dataset, "r"))
+    dataset = manifests.Dataset(1, vocabulary, SIZES, layouts.WIDE_FEATURES, files, {"file:///nowhere": ()})
+    uri = Path(manifests.write(root_uri, dataset, "r"))
     uri.unlink()  # so that the next one may have the same table version
 
 

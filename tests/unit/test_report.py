@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from couponflow.campaign import charts, formats, modelcard, report
-from couponflow.campaign.report import ReportInputs
+from couponflow.campaign.pages import charts, formats, modelcard, report
+from couponflow.campaign.pages.report import ReportInputs
 from couponflow.errors import ConflictError
 from couponflow.training import decisions, evaluation
 
@@ -727,7 +727,10 @@ def test_whom_it_reaches_is_told_by_group_with_a_picture() -> None:
     titles = [value for tag, name, value in page.attributes if name == "id" and value.startswith("reach-")]
     assert titles == ["reach-title", "reach-0-title", "reach-0-text", "reach-1-title", "reach-1-text"]
     few = make_selection(reach=make_reach(groups=[]))
-    assert "Fewer than 30 users are eligible" in _Page(report.render(make_inputs(selection=few))).text
+    assert (
+        "No attribute has two groups of at least 30 eligible users"
+        in _Page(report.render(make_inputs(selection=few))).text
+    )
     other = make_selection(selected_users=481)
     assert (
         "counts 482 selected users, the selection 481"

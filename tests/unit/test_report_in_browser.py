@@ -11,8 +11,8 @@ from chromium import Chromium
 from page_audit import WIDTHS, look_at, png_size
 from test_report import make_evaluation, make_histogram, make_inputs, make_readout, make_selection
 
-from couponflow.campaign import report
-from couponflow.campaign.report import ReportInputs
+from couponflow.campaign.pages import report
+from couponflow.campaign.pages.report import ReportInputs
 
 SOUND = (
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'

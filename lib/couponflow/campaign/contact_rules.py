@@ -11,7 +11,7 @@ from datetime import date, timedelta
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
-from couponflow.campaign import assignment
+from couponflow.campaign.choice import assignment
 from couponflow.campaigning import SelectionConfig
 from couponflow.dates import day_start
 from couponflow.errors import ConfigError, ConflictError, DataError

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.campaign import eligibility, influence, scoring, selection
+from couponflow.campaign import eligibility, scoring, selection
+from couponflow.campaign.scores import influence
 from couponflow.dates import DateRange
 from couponflow.errors import DataError
 from couponflow.lake import layouts, runs, tables

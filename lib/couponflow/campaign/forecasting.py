@@ -18,9 +18,10 @@ from typing import Any
 from pyspark.sql import Column
 from pyspark.sql import functions as F
 
-from couponflow.campaign import intervals, options
-from couponflow.campaign.intervals import Interval
-from couponflow.campaign.options import MICRO
+from couponflow.campaign.choice import options
+from couponflow.campaign.choice.options import MICRO
+from couponflow.campaign.readouts import intervals
+from couponflow.campaign.readouts.intervals import Interval
 from couponflow.campaigning import SelectionConfig
 
 NANO = 1_000_000_000  # p (1 - p) is summed in these units, so that sums are order-free

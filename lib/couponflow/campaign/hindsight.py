@@ -10,8 +10,9 @@ from typing import Any
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.campaign import eligibility, options, selection
-from couponflow.campaign.options import MICRO
+from couponflow.campaign import eligibility, selection
+from couponflow.campaign.choice import options
+from couponflow.campaign.choice.options import MICRO
 from couponflow.campaigning import SelectionConfig
 from couponflow.config import Config
 from couponflow.lake import tables

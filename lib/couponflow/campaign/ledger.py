@@ -3,8 +3,8 @@
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.campaign import assignment
-from couponflow.campaign.options import MICRO
+from couponflow.campaign.choice import assignment
+from couponflow.campaign.choice.options import MICRO
 from couponflow.campaign.selection import Decision
 from couponflow.errors import ConflictError
 from couponflow.lake import tables

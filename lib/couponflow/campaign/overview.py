@@ -12,7 +12,9 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from couponflow import campaign_file
-from couponflow.campaign import charts, formats, hindsight, prospects, report, settled
+from couponflow.campaign import hindsight
+from couponflow.campaign.pages import charts, formats, prospects, report
+from couponflow.campaign.readouts import settled
 from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.lake import contracts, runs, storage, tables

@@ -13,7 +13,8 @@ from typing import Any
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.campaign import candidates, effects, power, readout, settled
+from couponflow.campaign import candidates
+from couponflow.campaign.readouts import effects, power, readout, settled
 from couponflow.campaigning import SelectionConfig
 from couponflow.config import Config
 from couponflow.errors import DataError

@@ -20,7 +20,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.campaign import gates, shipping
+from couponflow.campaign.scores import gates, shipping
 from couponflow.campaign.scoring import score_users
 from couponflow.campaigning import ScoringConfig
 from couponflow.errors import ConfigError, CouponflowError, DataError, InfraError

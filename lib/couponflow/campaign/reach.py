@@ -17,7 +17,9 @@ from typing import Any
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from couponflow.campaign import assignment, eligibility, intervals, options
+from couponflow.campaign import eligibility
+from couponflow.campaign.choice import assignment, options
+from couponflow.campaign.readouts import intervals
 from couponflow.campaigning import SelectionConfig
 from couponflow.errors import DataError
 

@@ -13,7 +13,7 @@ from typing import Any
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.campaign import assignment
+from couponflow.campaign.choice import assignment
 from couponflow.errors import DataError
 from couponflow.lake.erased import TOMBSTONE
 

@@ -17,7 +17,7 @@ from pyspark import Accumulator
 from pyspark.sql import Column, DataFrame
 from pyspark.sql.pandas.functions import pandas_udf
 
-from couponflow.campaign.shipping import ShippedBundle, is_open, on_worker
+from couponflow.campaign.scores.shipping import ShippedBundle, is_open, on_worker
 from couponflow.campaigning import ScoringConfig
 from couponflow.errors import DataError
 from couponflow.lake import layouts, schemas, tables

@@ -16,8 +16,9 @@ from typing import Any
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from couponflow.campaign import allocation, assignment, eligibility, exploration, forecasting, options
-from couponflow.campaign.options import MICRO, micro
+from couponflow.campaign import eligibility, forecasting
+from couponflow.campaign.choice import allocation, assignment, exploration, options
+from couponflow.campaign.choice.options import MICRO, micro
 from couponflow.campaigning import SelectionConfig
 from couponflow.errors import DataError
 

@@ -87,7 +87,7 @@ def files_by_split(spark: SparkSession, root_uri: str) -> tuple[int, dict[str, d
 def describe(
     spark: SparkSession, config: Config, terms: DataFrame, vocabulary_version: str
 ) -> dict[str, Any]:
-    """What the manifest says of the newest version of the table, as fields of ``training.feed.Dataset``.
+    """What the manifest says of the newest version of the table, as fields of ``training.manifests.Dataset``.
 
     ``terms``, the vocabulary's rows, give the sizes of embeddings; the rest is ``count``.
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from couponflow.config import Config
 from couponflow.errors import DataError
-from couponflow.training import calibrators, evaluation, feed, metrics
+from couponflow.training import calibrators, evaluation, feed, manifests, metrics
 
 if TYPE_CHECKING:
     from couponflow.models.tabular import Logistic
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("couponflow")
 
 
-def run(config: Config, dataset: feed.Dataset) -> dict[str, Any]:
+def run(config: Config, dataset: manifests.Dataset) -> dict[str, Any]:
     """Judge each cut-off of the dataset's manifest, and all of them together; empty without cut-offs.
 
     A cut-off whose training or test rows hold one class only has no AUC (null). There are no ratios without a
@@ -105,12 +105,12 @@ def _micros(text: str) -> int:
     return round(datetime.fromisoformat(text).timestamp()) * 1_000_000
 
 
-def _check_fold(dataset: feed.Dataset, fold: dict[str, Any], label: Any, train: Any, test: Any) -> None:
+def _check_fold(dataset: manifests.Dataset, fold: dict[str, Any], label: Any, train: Any, test: Any) -> None:
     for part, places in (("train", train), ("test", test)):
         expected = fold[f"{part}_rows"], fold[f"{part}_positives"]
         if (counted := (places.size, int(label[places].sum()))) != expected:
             raise DataError(
-                f"cut-off {fold['cutoff']} of {feed.TABLE} version {dataset.table_version}: expected "
+                f"cut-off {fold['cutoff']} of {manifests.TABLE} version {dataset.table_version}: expected "
                 f"{expected[0]} {part} rows, {expected[1]} positive, found {counted[0]}, {counted[1]}; "
                 "run build_examples again"
             )

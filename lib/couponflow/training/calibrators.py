@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from couponflow.config import Config
 from couponflow.dates import day_start
 from couponflow.errors import DataError
-from couponflow.training import feed, metrics
+from couponflow.training import feed, manifests, metrics
 from couponflow.training.metrics import Floats
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Prior:
 
 def fit(
     config: Config,
-    dataset: feed.Dataset,
+    dataset: manifests.Dataset,
     logit: Floats,
     label: Floats,
     types: NDArray[Any],

@@ -1,16 +1,12 @@
 """Examples of ONE pinned snapshot as batches, every row counted, per shard and epoch.
 
-A dataset is a manifest object: the files of one version of ``training_examples`` with the rows of each split
-and of each row group in them, written by the job that builds the examples. Training opens exactly those
-files, never a folder. Importing this module brings neither torch nor Petastorm, so that the Spark side may
-write manifests.
+Training opens exactly the files of a dataset's manifest, never a folder. Importing this module brings neither
+torch nor Petastorm.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from couponflow.errors import ConfigError, CouponflowError, DataError
-from couponflow.lake import layouts, schemas, storage
-from couponflow.training import reader
+from couponflow.training import manifests, reader
 from couponflow.training.workers import Pending, Workers
 
 if TYPE_CHECKING:
@@ -27,53 +22,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("couponflow")
 
-TABLE = "training_examples"
-#: What every reader needs, what a network is trained on, and all that evaluation reads.
+#: What every reader needs, and all that evaluation reads.
 WIDE_COLUMNS = ("split", "vocabulary_version", "wide", "label", "example_id")
-COLUMNS = ("split", "vocabulary_version", "history", "negatives", "target", "wide", "label")
-ALL_COLUMNS = (*COLUMNS, "example_id", "user_id", "target_id")
+ALL_COLUMNS = (*manifests.COLUMNS, "example_id", "user_id", "target_id")
 #: What the back-test reads: aggregates, whose they are and when they were known.
 DATED_COLUMNS = (*WIDE_COLUMNS, "user_id", "target_id", "as_of", "mature_time")
 _TIMES = ("as_of", "mature_time")
-_ARROW_TYPES = {
-    "string": ("string",),
-    "binary": ("binary",),
-    "int": ("int32",),
-    "timestamp": ("timestamp[ns]", "timestamp[us]", "timestamp[us, tz=UTC]"),
-}
 #: A long pass says how far it is.
 _PROGRESS_SECONDS = 30.0
 #: What tells a row from others, and how many places an error names.
 _CONTENT = ("history", "target", "wide")
 _NAMED = 3
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Files of one table version.
-
-    ``files`` maps a split to {file URI: rows of the split in it}, ``row_groups`` a file URI to the rows of
-    its row groups. ``sampling_rate`` is the share of training negatives that was kept; ``folds`` are the
-    cut-offs of the back-test with the rows that train and test each.
-    """
-
-    table_version: int
-    vocabulary_version: str
-    vocabulary_sizes: dict[str, int]
-    wide_features: tuple[str, ...]
-    files: dict[str, dict[str, int]]
-    row_groups: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    sampling_rate: float = 1.0
-    folds: tuple[dict[str, Any], ...] = ()
-
-    def rows(self, split: str) -> int:
-        """Rows of a split over all files."""
-        return sum(self.files.get(split, {}).values())
-
-    def shard_rows(self, uris: Sequence[str], size: int) -> list[int]:
-        """Rows of each of ``size`` shards of these files, all splits; row group n belongs to n mod size."""
-        groups = [rows for uri in uris for rows in self.row_groups[uri]]
-        return [sum(groups[rank::size]) for rank in range(size)]
 
 
 class Example(NamedTuple):
@@ -91,129 +50,6 @@ class Example(NamedTuple):
     mature_time: int = 0
 
 
-def write_manifest(root_uri: str, dataset: Dataset, run_id: str) -> str:
-    """Publish what training may read; returns the URI of the versioned manifest.
-
-    Rows per row group are read off the files' footers, unless the dataset brings them.
-    Writes ``datasets/training_examples-v<version>.json`` once, then moves the pointer
-    ``datasets/training_examples.json``.
-
-    Raises:
-        DataError: a file is missing or damaged, or holds other rows than the snapshot.
-    """
-    files = {split: dict(sorted(named.items())) for split, named in sorted(dataset.files.items())}
-    if not dataset.row_groups:
-        uris = sorted({uri for named in files.values() for uri in named})
-        row_groups = {uri: reader.row_groups(_footer(dataset, uri)) for uri in uris}
-        dataset = replace(dataset, row_groups=row_groups)
-        for uri in uris:
-            _check_rows(dataset, uri, row_groups[uri])
-    dataset = replace(dataset, files=files)
-    content = json.dumps({"table": TABLE, **asdict(dataset)}, indent=1, sort_keys=True).encode()
-    uri = storage.join(root_uri, "datasets", f"{TABLE}-v{dataset.table_version}.json")
-    storage.create(uri, content, run_id)
-    pointer = storage.join(root_uri, "datasets", f"{TABLE}.json")
-    held = storage.read_bytes(pointer) if storage.exists(pointer) else None
-    storage.replace(pointer, content, held)
-    return uri
-
-
-def load_manifest(root_uri: str, table_version: int | None = None) -> Dataset:
-    """The newest manifest, or that of one table version.
-
-    Raises:
-        DataError: there is none, it is damaged, or its aggregates are those of other code.
-    """
-    name = TABLE if table_version is None else f"{TABLE}-v{table_version}"
-    uri = storage.join(root_uri, "datasets", f"{name}.json")
-    try:
-        tree = json.loads(storage.read_bytes(uri))
-        dataset = Dataset(
-            int(tree["table_version"]),
-            str(tree["vocabulary_version"]),
-            {str(key): int(size) for key, size in tree["vocabulary_sizes"].items()},
-            tuple(tree["wide_features"]),
-            {split: {str(u): int(n) for u, n in named.items()} for split, named in tree["files"].items()},
-            {str(u): tuple(int(n) for n in sizes) for u, sizes in tree["row_groups"].items()},
-            float(tree["sampling_rate"]),
-            tuple(dict(fold) for fold in tree["folds"]),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{uri} is no dataset manifest ({error!r}); run build_examples again") from error
-    if dataset.wide_features != layouts.WIDE_FEATURES:
-        raise DataError(
-            f"{uri} lists {len(dataset.wide_features)} aggregates that differ from the "
-            f"{len(layouts.WIDE_FEATURES)} of this code; run build_examples again"
-        )
-    return dataset
-
-
-def _footer(dataset: Dataset, uri: str) -> Any:
-    try:
-        return reader.read_footer(uri)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{uri} of {TABLE} version {dataset.table_version} does not exist (vacuumed?); "
-            "run build_examples again"
-        ) from error
-
-
-def _check_rows(dataset: Dataset, uri: str, groups: tuple[int, ...]) -> None:
-    """A file must hold the snapshot's rows and no other: Petastorm reads rows that Delta has only marked."""
-    expected = sum(named.get(uri, 0) for named in dataset.files.values())
-    if sum(groups) != expected:
-        raise DataError(
-            f"{uri} holds {sum(groups)} rows, {TABLE} version {dataset.table_version} {expected} of them: "
-            "rows are deleted by deletion vectors or the file was changed; rewrite it (REORG ... APPLY "
-            "(PURGE)) or run build_examples again"
-        )
-    if groups != dataset.row_groups.get(uri):
-        raise DataError(
-            f"{uri} has row groups of {list(groups)} rows, the manifest says "
-            f"{list(dataset.row_groups.get(uri, ()))}; the file was rewritten, run build_examples again"
-        )
-
-
-def check(dataset: Dataset, split: str, num_ranks: int = 1, columns: Sequence[str] = COLUMNS) -> None:
-    """Open every footer of a split before anything is read.
-
-    Raises:
-        DataError: no rows, a file that is missing or damaged, other rows than the manifest (deletion vectors
-            included), a column that is missing or of another type, or pickled metadata.
-        ConfigError: fewer row groups than ranks.
-    """
-    if not dataset.rows(split):
-        raise DataError(
-            f"{TABLE} version {dataset.table_version} has no rows of split {split}; "
-            "widen the dates of build_examples"
-        )
-    uris = list(dataset.files[split])
-    _check_files(dataset, uris, columns)
-    num_groups = sum(len(dataset.row_groups[uri]) for uri in uris)
-    if num_groups < num_ranks:
-        raise ConfigError(
-            f"split {split} of {TABLE} version {dataset.table_version} has {num_groups} row groups, need >= "
-            f"{num_ranks} for {num_ranks} ranks; lower training.num_ranks or rebuild with fewer rows per file"
-        )
-
-
-def _check_files(dataset: Dataset, uris: Sequence[str], columns: Sequence[str]) -> None:
-    declared = {column.name: column.type for column in schemas.TABLES[TABLE].columns}
-    for uri in uris:
-        footer = _footer(dataset, uri)
-        _check_rows(dataset, uri, reader.row_groups(footer))
-        found = {field.name: str(field.type) for field in footer.schema.to_arrow_schema()}
-        for name in columns:
-            wanted = _ARROW_TYPES[declared[name]]
-            if found.get(name) not in wanted:
-                raise DataError(
-                    f"column {name} of {uri}: expected {wanted[0]}, found {found.get(name, 'nothing')}; "
-                    "run build_examples again"
-                )
-    for folder in sorted({uri.rpartition("/")[0] for uri in uris}):
-        reader.refuse_pickled_metadata(folder)
-
-
 class Feed:
     """One split as epochs of batches, sharded over ranks by row group.
 
@@ -223,7 +59,7 @@ class Feed:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: manifests.Dataset,
         split: str,
         workers: Workers,
         batch_size: int,
@@ -241,7 +77,7 @@ class Feed:
             raise ConfigError(
                 f"training.batch_size = {batch_size} is below one row per rank ({workers.size}); raise it"
             )
-        check(dataset, split, workers.size)
+        manifests.check(dataset, split, workers.size)
         self._dataset, self._split, self._workers = dataset, split, workers
         self._rows_per_step = batch_size // workers.size
         self._shuffle_rows, self._seed = shuffle_rows, seed
@@ -259,7 +95,7 @@ class Feed:
         """
         uris = list(self._dataset.files[self._split])
         seed = self._seed + number if self._shuffle_rows else None
-        shard = reader.Shard(uris, COLUMNS, self._workers.rank, self._workers.size, seed)
+        shard = reader.Shard(uris, manifests.COLUMNS, self._workers.rank, self._workers.size, seed)
         rows = self._examples(shard, number)
         num_read, reported = 0, time.monotonic()
         coming = self._read(rows)
@@ -333,7 +169,7 @@ class Feed:
         return made
 
     def _examples(self, shard: reader.Shard, number: int) -> Iterator[Example]:
-        rows = _read(self._dataset, shard, COLUMNS, self._split)
+        rows = _read(self._dataset, shard, manifests.COLUMNS, self._split)
         if not self._shuffle_rows:
             return rows
         generator = np.random.default_rng([self._seed, number, self._workers.rank])
@@ -345,7 +181,7 @@ def _rows_text(rows: Sequence[int]) -> str:
     return f"row{'s' if len(rows) > 1 else ''} {named}"
 
 
-def read_all(dataset: Dataset, split: str, columns: Sequence[str] = ALL_COLUMNS) -> list[Example]:
+def read_all(dataset: manifests.Dataset, split: str, columns: Sequence[str] = ALL_COLUMNS) -> list[Example]:
     """Every row of a split, ordered by ``example_id``; for one process.
 
     ``columns``: ``ALL_COLUMNS``, or ``WIDE_COLUMNS`` where histories would only fill the memory.
@@ -353,13 +189,13 @@ def read_all(dataset: Dataset, split: str, columns: Sequence[str] = ALL_COLUMNS)
     Raises:
         DataError: as ``check``, or rows that differ from the manifest or its vocabulary.
     """
-    check(dataset, split, columns=columns)
+    manifests.check(dataset, split, columns=columns)
     rows = _read_whole(dataset, list(dataset.files[split]), columns, split)
     _check_count(dataset, f"split {split}", dataset.rows(split), len(rows), "one pass")
     return rows
 
 
-def read_dated(dataset: Dataset, columns: Sequence[str] = DATED_COLUMNS) -> list[Example]:
+def read_dated(dataset: manifests.Dataset, columns: Sequence[str] = DATED_COLUMNS) -> list[Example]:
     """Every row of all splits with its times and aggregates, ordered by ``example_id``; for one process.
 
     ``columns``: ``DATED_COLUMNS``, or more of them where a network is to score the rows.
@@ -368,14 +204,14 @@ def read_dated(dataset: Dataset, columns: Sequence[str] = DATED_COLUMNS) -> list
         DataError: as ``check``, or rows that differ from the manifest or its vocabulary.
     """
     uris = sorted({uri for named in dataset.files.values() for uri in named})
-    _check_files(dataset, uris, columns)
+    manifests.check_files(dataset, uris, columns)
     rows = _read_whole(dataset, uris, columns)
     _check_count(dataset, "all splits", sum(map(dataset.rows, dataset.files)), len(rows), "one pass")
     return rows
 
 
 def _read_whole(
-    dataset: Dataset, uris: Sequence[str], columns: Sequence[str], split: str | None = None
+    dataset: manifests.Dataset, uris: Sequence[str], columns: Sequence[str], split: str | None = None
 ) -> list[Example]:
     shard = reader.Shard(uris, columns)
     rows = sorted(_read(dataset, shard, columns, split), key=lambda row: row.example_id)
@@ -384,17 +220,19 @@ def _read_whole(
     return rows
 
 
-def _check_shards(dataset: Dataset, what: str, uris: Sequence[str], found: Sequence[int], where: str) -> None:
+def _check_shards(
+    dataset: manifests.Dataset, what: str, uris: Sequence[str], found: Sequence[int], where: str
+) -> None:
     """Rows of the row groups of each shard, as read and as the manifest has them."""
     for rank, (expected, read) in enumerate(zip(dataset.shard_rows(uris, len(found)), found, strict=True)):
         _check_count(dataset, f"{what}, shard {rank} of {len(found)}", expected, read, where)
 
 
-def _check_count(dataset: Dataset, what: str, expected: int, found: int, where: str) -> None:
+def _check_count(dataset: manifests.Dataset, what: str, expected: int, found: int, where: str) -> None:
     if found != expected:
         raise DataError(
-            f"{what} of {TABLE} version {dataset.table_version}, {where}: expected {expected} rows, "
-            f"read {found}; the files do not match the manifest, run build_examples again"
+            f"{what} of {manifests.TABLE} version {dataset.table_version}, {where}: expected {expected} "
+            f"rows, read {found}; the files do not match the manifest, run build_examples again"
         )
 
 
@@ -438,7 +276,7 @@ def shuffled(rows: Iterator[Example], capacity: int, generator: np.random.Genera
 
 
 def _read(
-    dataset: Dataset, shard: reader.Shard, columns: Sequence[str], split: str | None = None
+    dataset: manifests.Dataset, shard: reader.Shard, columns: Sequence[str], split: str | None = None
 ) -> Iterator[Example]:
     """The rows of a shard that belong to the split; ids of another vocabulary mean other things."""
     names = [name for name in columns if name in Example._fields]
@@ -449,7 +287,7 @@ def _read(
         for place in _places(values["split"], split):
             if (found := values["vocabulary_version"][place]) != dataset.vocabulary_version:
                 raise DataError(
-                    f"{TABLE} version {dataset.table_version} mixes vocabularies {found} and "
+                    f"{manifests.TABLE} version {dataset.table_version} mixes vocabularies {found} and "
                     f"{dataset.vocabulary_version}; run build_examples for all its dates with one"
                 )
             yield Example(**{name: values[name][place] for name in names})

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from couponflow.config import Config
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import faults, storage
-from couponflow.training import calibrators, feed, launch, metrics, preparation, registry
+from couponflow.training import calibrators, feed, launch, manifests, metrics, preparation, registry
 from couponflow.training.workers import Workers, connect, launched_rank
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def train(
         raise ConfigError(f"model {kind!r}: expected one of {', '.join(registry.KINDS)}; give --model KIND")
     start = time.monotonic()
     root_uri = config.lake.root_uri
-    dataset = feed.load_manifest(root_uri)
+    dataset = manifests.load(root_uri)
     folder = _run_folder(root_uri, run_id)
     ranks = config.training.num_ranks
     checkpoints = checkpoint_store(config, dataset, ranks) if kind == "dien" else None
@@ -69,7 +69,7 @@ def train(
     is_on_spark = config.training.launcher == "spark"
     if kind == "dien" and (ranks > 1 or is_on_spark) and launched_rank() is None:
         for split in (_TRAIN, _VALID):
-            feed.check(dataset, split, ranks)
+            manifests.check(dataset, split, ranks)
         if is_on_spark:
             _train_on_spark(config, kind, run_id, folder)
         else:
@@ -99,7 +99,7 @@ def run_rank(folder: Path, kind: str) -> None:
     config = Config.model_validate_json((folder / _CONFIG).read_text(encoding="utf-8"))
 
     def work(workers: Workers) -> None:
-        train_rank(config, kind, folder, workers, feed.load_manifest(config.lake.root_uri))
+        train_rank(config, kind, folder, workers, manifests.load(config.lake.root_uri))
 
     launch.run_rank(folder, work)
 
@@ -138,7 +138,7 @@ def run_lake_rank(uri: str, kind: str, run_id: str) -> None:
     def work(workers: Workers) -> None:
         with tempfile.TemporaryDirectory(prefix=f"{run_id}-") as name:
             folder = Path(name)
-            train_rank(config, kind, folder, workers, feed.load_manifest(config.lake.root_uri))
+            train_rank(config, kind, folder, workers, manifests.load(config.lake.root_uri))
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                 storage.create(
                     storage.join(uri, path.relative_to(folder).as_posix()), path.read_bytes(), run_id
@@ -147,7 +147,7 @@ def run_lake_rank(uri: str, kind: str, run_id: str) -> None:
     spark_launch.run_rank(uri, work)
 
 
-def train_rank(config: Config, kind: str, folder: Path, workers: Workers, dataset: feed.Dataset) -> None:
+def train_rank(config: Config, kind: str, folder: Path, workers: Workers, dataset: manifests.Dataset) -> None:
     """Fit one model; rank 0 leaves the bundle, the rows read and the curves in ``folder``."""
     from couponflow.models.bundle import save_bundle
 
@@ -167,7 +167,7 @@ def train_rank(config: Config, kind: str, folder: Path, workers: Workers, datase
         return
     bundle = replace(bundle, metrics={**bundle.metrics, "fitted_on": fitted_on(config, kind)})
     save_bundle(bundle, folder / _BUNDLE)
-    rows = {f"{feed.TABLE}.{_TRAIN}": num_train, f"{feed.TABLE}.{_VALID}": dataset.rows(_VALID)}
+    rows = {f"{manifests.TABLE}.{_TRAIN}": num_train, f"{manifests.TABLE}.{_VALID}": dataset.rows(_VALID)}
     result = {"rows": rows, "metrics": bundle.metrics}
     (folder / _RESULT).write_text(json.dumps(result), encoding="utf-8")
 
@@ -185,7 +185,7 @@ def fitted_on(config: Config, kind: str) -> dict[str, int]:
     }
 
 
-def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers) -> "Bundle":
+def fit_dien(config: Config, dataset: manifests.Dataset, workers: Workers) -> "Bundle":
     """Train the network on this rank's shards; the bundle is calibrated on all validation rows."""
     import torch
 
@@ -255,7 +255,7 @@ def fit_dien(config: Config, dataset: feed.Dataset, workers: Workers) -> "Bundle
     )
 
 
-def checkpoint_store(config: Config, dataset: feed.Dataset, num_ranks: int) -> "Store":
+def checkpoint_store(config: Config, dataset: manifests.Dataset, num_ranks: int) -> "Store":
     """Where a DIEN of these settings and this dataset keeps its checkpoints; any later run finds them there.
 
     Ranks are no part of the place, so that a run with others is told instead of beginning again.
@@ -265,7 +265,7 @@ def checkpoint_store(config: Config, dataset: feed.Dataset, num_ranks: int) -> "
     names = sorted(set(type(config.training).model_fields) - _OPERATIONAL)
     settings = config.fingerprint("model", *(f"training.{name}" for name in names))
     content = json.dumps(asdict(dataset), sort_keys=True).encode()
-    data = f"{feed.TABLE}-v{dataset.table_version}-{storage.sha256(content)[:16]}"
+    data = f"{manifests.TABLE}-v{dataset.table_version}-{storage.sha256(content)[:16]}"
     key = storage.sha256(f"{settings} {data}".encode())[:16]
     uri = storage.join(config.lake.root_uri, "work", f"checkpoints-dien-{key}")
     return Store(uri, Identity(settings, data, num_ranks))
@@ -281,7 +281,7 @@ def valid_types(valid_feed: feed.Feed, workers: Workers) -> NDArray[Any]:
     return types
 
 
-def fit_tabular(config: Config, dataset: feed.Dataset, kind: str) -> "Bundle":
+def fit_tabular(config: Config, dataset: manifests.Dataset, kind: str) -> "Bundle":
     """A model of the aggregates of ``train``, calibrated on ``valid``; boosted trees also stop by it."""
     from couponflow.models.bundle import Bundle
     from couponflow.models.calibration import Calibrator
@@ -319,7 +319,7 @@ def _aggregates(rows: Sequence[feed.Example]) -> tuple[metrics.Floats, metrics.F
     return feed.aggregates(rows), np.array([row.label for row in rows])
 
 
-def fit_blend(config: Config, dataset: feed.Dataset, folder: Path) -> "Bundle":
+def fit_blend(config: Config, dataset: manifests.Dataset, folder: Path) -> "Bundle":
     """Blend of the newest registered DIEN and logistic models, fitted on ``valid``."""
     from couponflow.models.bundle import load_bundle
     from couponflow.models.calibration import IDENTITY, Calibrator

@@ -24,6 +24,7 @@ from couponflow.training import (
     feed,
     fitting,
     inspection,
+    manifests,
     registry,
     segments,
 )
@@ -49,7 +50,7 @@ def evaluate_models(config: Config, run_id: str, dates: str) -> tuple[dict[str, 
     from couponflow.models.dien import Dien
 
     root_uri = config.lake.root_uri
-    dataset = feed.load_manifest(root_uri)
+    dataset = manifests.load(root_uri)
     named, champion = chosen_models(root_uri)
     rows = feed.read_all(dataset, _TEST, (*feed.ALL_COLUMNS, "as_of"))
     truth = labelled(rows, config.lake.time_zone)
@@ -92,7 +93,7 @@ def evaluate_models(config: Config, run_id: str, dates: str) -> tuple[dict[str, 
     }
     _log(judged)
     facts = {"evaluation": uri, "decision": decision_uri, "models": main, "gate": judged["gate"]}
-    return {f"{feed.TABLE}.{_TEST}": len(rows)}, {**facts, "backtest": record["backtest"]}
+    return {f"{manifests.TABLE}.{_TEST}": len(rows)}, {**facts, "backtest": record["backtest"]}
 
 
 def labelled(rows: Sequence[feed.Example], time_zone: str) -> evaluation.LabelledRows:

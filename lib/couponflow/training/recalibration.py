@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from couponflow.config import Config
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, DataError
-from couponflow.training import baselines, calibrators, feed, fitting, metrics, registry
+from couponflow.training import baselines, calibrators, feed, fitting, manifests, metrics, registry
 from couponflow.training.metrics import Floats
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def recalibrate(config: Config, name: str, dates: DateRange, run_id: str, dry_ru
     from couponflow.models.bundle import load_bundle, save_bundle
 
     root_uri = config.lake.root_uri
-    dataset = feed.load_manifest(root_uri)
+    dataset = manifests.load(root_uri)
     parent = registry.resolve(root_uri, name)
     with tempfile.TemporaryDirectory() as folder:
         bundle = load_bundle(registry.fetch(root_uri, parent, Path(folder)), dataset.vocabulary_version)

@@ -146,10 +146,10 @@ def check_bundle(root_uri: str, model_version: str) -> None:
         DataError: the version is not there, or the examples are of other code.
     """
     from couponflow.models.bundle import load_bundle
-    from couponflow.training import feed
+    from couponflow.training import manifests
 
-    manifest = storage.join(root_uri, "datasets", f"{feed.TABLE}.json")
-    vocabulary = feed.load_manifest(root_uri).vocabulary_version if storage.exists(manifest) else None
+    manifest = storage.join(root_uri, "datasets", f"{manifests.TABLE}.json")
+    vocabulary = manifests.load(root_uri).vocabulary_version if storage.exists(manifest) else None
     with tempfile.TemporaryDirectory() as folder:
         load_bundle(fetch(root_uri, model_version, Path(folder)), vocabulary)
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from couponflow.campaign import assignment, intervals, power
-from couponflow.campaign.effects import (
+from couponflow.campaign.choice import assignment
+from couponflow.campaign.readouts import intervals, power
+from couponflow.campaign.readouts.effects import (
     EXPLORE,
     OUTCOMES,
     TREAT,
@@ -27,7 +28,7 @@ from couponflow.campaign.effects import (
     Money,
     effect,
 )
-from couponflow.campaign.intervals import NAN
+from couponflow.campaign.readouts.intervals import NAN
 from couponflow.training import metrics
 
 MIN_USERS = 100

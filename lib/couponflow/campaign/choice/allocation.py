@@ -14,8 +14,8 @@ import numpy as np
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.campaign import knapsack, option_tables, pricing
-from couponflow.campaign.pricing import NO_LIMIT, Bools, Floats, Ints, Limits, Prices, Usage, Users
+from couponflow.campaign.choice import knapsack, option_tables, pricing
+from couponflow.campaign.choice.pricing import NO_LIMIT, Bools, Floats, Ints, Limits, Prices, Usage, Users
 from couponflow.errors import DataError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from couponflow.campaign.intervals import NAN, Z, normal_cdf
+from couponflow.campaign.readouts.intervals import NAN, Z, normal_cdf
 from couponflow.errors import ConfigError
 
 POWER = 0.8

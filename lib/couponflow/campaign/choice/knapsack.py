@@ -12,7 +12,7 @@ Legend: N users in tie order, M options, U unit limits (list size, stock of a co
 
 import numpy as np
 
-from couponflow.campaign.pricing import (
+from couponflow.campaign.choice.pricing import (
     NONE,
     Floats,
     Ints,

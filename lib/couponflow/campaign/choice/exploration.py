@@ -10,8 +10,8 @@ from typing import Any
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.campaign import assignment, options
-from couponflow.campaign.options import MICRO
+from couponflow.campaign.choice import assignment, options
+from couponflow.campaign.choice.options import MICRO
 from couponflow.campaigning import SelectionConfig
 from couponflow.errors import ConfigError
 

@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from couponflow.campaign import actuals, options, outcomes, readout
-from couponflow.campaign.effects import Cell, Money
-from couponflow.campaign.outcomes import Span, Version
+from couponflow.campaign.choice import options
+from couponflow.campaign.readouts import actuals, outcomes, readout
+from couponflow.campaign.readouts.effects import Cell, Money
+from couponflow.campaign.readouts.outcomes import Span, Version
 from couponflow.config import Config
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import runs, storage, tables

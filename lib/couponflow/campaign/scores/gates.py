@@ -9,7 +9,7 @@ import numpy as np
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.campaign.shipping import ShippedBundle
+from couponflow.campaign.scores.shipping import ShippedBundle
 from couponflow.campaigning import ScoringConfig
 from couponflow.errors import ConfigError, DataError
 

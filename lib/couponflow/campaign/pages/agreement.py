@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from couponflow.campaign import charts
-from couponflow.campaign.formats import decimal, money, number
+from couponflow.campaign.pages import charts
+from couponflow.campaign.pages.formats import decimal, money, number
+from couponflow.campaign.readouts.actuals import RATIO_BAND
 
 Facts = Mapping[str, Any]
-
-RATIO_BAND = (0.9, 1.1)  # predicted over observed conversions; outside, a budget built on them is off
 
 
 def waterfall_problems(selection: Facts) -> list[str]:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from couponflow.campaign import assignment, intervals, power
-from couponflow.campaign.intervals import NAN, Interval
+from couponflow.campaign.choice import assignment
+from couponflow.campaign.readouts import intervals, power
+from couponflow.campaign.readouts.intervals import NAN, Interval
 from couponflow.errors import ConfigError
 
 TREAT, WITHHELD, EXPLORE = assignment.TREAT, "withheld", "explore"

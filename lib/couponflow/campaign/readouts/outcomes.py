@@ -14,7 +14,7 @@ from typing import Any
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from couponflow.campaign.effects import BUCKETS_PER_E, EXPLORE, Cell
+from couponflow.campaign.readouts.effects import BUCKETS_PER_E, EXPLORE, Cell
 from couponflow.config import Config
 from couponflow.dates import DateRange, day_start, local_day
 from couponflow.errors import DataError

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from couponflow.campaign import charts, formats
+from couponflow.campaign.pages import charts, formats
 
 Facts = Mapping[str, Any]
 Show = Callable[[str, list[str], list[list[Any]]], None]
@@ -51,11 +51,11 @@ def forecast_context(facts: Facts, currency: str) -> dict[str, str]:
 
 
 def by_attribute(facts: Facts) -> list[tuple[str, list[Facts]]]:
-    """The rows of ``reach`` by attribute, both in their order."""
+    """The rows of ``reach`` by attribute, both in their order; one group alone compares with nothing."""
     found: dict[str, list[Facts]] = {}
     for row in (facts.get("reach") or {}).get("groups") or []:
         found.setdefault(row["attribute"], []).append(row)
-    return list(found.items())
+    return [(attribute, rows) for attribute, rows in found.items() if len(rows) > 1]
 
 
 def reach_context(facts: Facts) -> list[dict[str, Any]]:

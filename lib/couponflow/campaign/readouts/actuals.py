@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from couponflow.campaign import intervals
-from couponflow.campaign.agreement import RATIO_BAND
-from couponflow.campaign.effects import Cell
-from couponflow.campaign.intervals import NAN
+from couponflow.campaign.readouts import intervals
+from couponflow.campaign.readouts.effects import Cell
+from couponflow.campaign.readouts.intervals import NAN
 
 NUM_DECILES = 10
+#: Predicted over observed conversions; outside, a budget built on them is off.
+RATIO_BAND = (0.9, 1.1)
 
 
 @dataclass(frozen=True)

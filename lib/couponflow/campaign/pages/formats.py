@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from couponflow.campaign import charts
+from couponflow.campaign.pages import charts
 
 DASH = "\u2013"  # shown for a missing value
 

@@ -8,7 +8,7 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.campaign import assignment, pricing
+from couponflow.campaign.choice import assignment, pricing
 from couponflow.campaigning import CouponOption, SegmentLimit, SelectionConfig
 from couponflow.errors import ConfigError
 
@@ -114,8 +114,8 @@ def check_scores(users: DataFrame, section: SelectionConfig) -> None:
     """
     if section.objective == "incremental_profit" and "uplift" not in users.columns:
         raise ConfigError(
-            "section selection: objective incremental_profit needs uplift scores, and the predictions have "
-            "none; score with an uplift model, or set selection.objective = 'expected_profit'"
+            "section selection: objective incremental_profit needs uplift scores, and the predictions "
+            "have none; set selection.objective = 'expected_profit'"
         )
 
 

@@ -13,7 +13,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
-from couponflow.campaign.pricing import NO_LIMIT, Bools, Ints, Limits, Users, offered
+from couponflow.campaign.choice.pricing import NO_LIMIT, Bools, Ints, Limits, Users, offered
 from couponflow.errors import DataError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from couponflow.campaign import charts, formats
+from couponflow.campaign.pages import charts, formats
 
 Facts = Mapping[str, Any]
 

@@ -11,7 +11,7 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from couponflow.campaign import agreement, charts, formats, modelcard, prospects
+from couponflow.campaign.pages import agreement, charts, formats, modelcard, prospects
 from couponflow.lake import storage
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ def _template() -> "Template":
         dur=formats.duration,
         money=in_currency,
     )
-    source = resources.files("couponflow.campaign").joinpath("report.html.j2").read_text(encoding="utf-8")
+    source = (
+        resources.files("couponflow.campaign.pages").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
     return environment.from_string(source)
 
 

@@ -1,0 +1,1 @@
+"""What people read: the campaign report, its charts, its words and its checks."""
