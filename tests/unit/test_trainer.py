@@ -268,6 +268,8 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     fifth = Workers()
     fifth.local_rank = 5
     assert devices.chosen(TrainingConfig(), fifth) == torch.device("cuda", 1)
+    fifth.gpu = 0  # by Spark, whose executors on one machine each count their ranks from 0
+    assert devices.chosen(TrainingConfig(), fifth) == torch.device("cuda", 0)
     assert devices.chosen(TrainingConfig(device="cpu"), fifth) == torch.device("cpu")
 
 
