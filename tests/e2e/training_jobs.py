@@ -28,7 +28,10 @@ def arguments(config: str, *over: str) -> list[str]:
 
 
 def run_job(config: str, *over: str, fault: str = "", options: tuple[str, ...] = ()) -> tuple[int, str]:
-    """Exit code of the job in a process of its own, and the last line that it printed on stderr."""
+    """Exit code of the job in a process of its own, and its last words.
+
+    A JVM that is shut down in the midst of something prints a trace after them.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop(faults.VARIABLE, None)
     done = subprocess.run(
@@ -38,7 +41,10 @@ def run_job(config: str, *over: str, fault: str = "", options: tuple[str, ...] =
         text=True,
         timeout=SECONDS,
     )
-    return done.returncode, done.stderr.strip().rpartition("\n")[2]
+    lines = done.stderr.strip().splitlines()
+    return done.returncode, next(
+        (line for line in reversed(lines) if line.startswith("couponflow")), lines[-1]
+    )
 
 
 def trained(root: str) -> dict[str, Any]:
