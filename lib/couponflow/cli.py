@@ -13,6 +13,7 @@ from couponflow import (
     campaign_file,
     checks,
     console,
+    costs,
     explanations,
     model_commands,
     pipeline,
@@ -188,7 +189,7 @@ def status(
             return
         console.show_rows(
             "Runs",
-            ["job", "dates", "arguments", "status", "seconds", "rows", "error"],
+            ["job", "dates", "arguments", "status", "seconds", "used", "rows", "error"],
             [
                 [
                     record.job,
@@ -196,6 +197,7 @@ def status(
                     " ".join(record.arguments.values()),
                     record.status + ("" if record.started_time >= since else ", not reproducible"),
                     round(record.seconds, 1),
+                    costs.text(record.usage, settings.cloud.prices.currency if settings.cloud else ""),
                     json.dumps(record.rows),
                     record.error,
                 ]

@@ -29,7 +29,7 @@ from pyspark.sql import types as T
 
 from couponflow.dates import DateRange
 from couponflow.errors import CommitConflictError, ConfigError, ConflictError, DataError, InfraError
-from couponflow.lake import declarations, failures, faults, literals, schemas, storage
+from couponflow.lake import declarations, failures, faults, literals, metering, schemas, storage
 from couponflow.sections import SparkConfig
 
 log = logging.getLogger("couponflow")
@@ -224,6 +224,7 @@ def overwrite(
     faults.fire(root_uri, table, "before_write", day)
     if faults.is_set(table, "during_write", day):
         shaped = shaped.mapInArrow(faults.passing(root_uri), shaped.schema)
+    metering.charge(shaped)
     _create_if_absent(frame.sparkSession, declared, uri)
     mark = f"{run_id} {uuid.uuid4().hex[:8]}"
     writer = (
@@ -470,4 +471,7 @@ def _rows_committed(spark: SparkSession, uri: str, mark: str, metric: str = "num
             "run again"
         ) from error
     ours = [row["operationMetrics"] for row in history if row["userMetadata"] == mark]
-    return int(ours[0].get(metric, 0)) if ours else None
+    if not ours:
+        return None
+    metering.wrote(int(ours[0].get("numOutputBytes") or ours[0].get("numTargetBytesAdded") or 0))
+    return int(ours[0].get(metric, 0))
