@@ -78,8 +78,8 @@ def test_the_limit_is_the_budget_in_bytes(deployed: Config, cloud: CloudConfig) 
         text = limit.refusal(4_000 * 2**30)
     assert text == (
         "sessionize 2024-01-10: would read 4000.00 GiB, estimated at 25.17 USD by "
-        "cloud.core_seconds_per_gib, above cloud.budget_per_run_amount = 25.00; give fewer --dates, or raise it with "
-        "--set cloud.budget_per_run_amount=AMOUNT"
+        "cloud.core_seconds_per_gib, above cloud.budget_per_run_amount = 25.00; give fewer --dates, or "
+        "raise it with --set cloud.budget_per_run_amount=AMOUNT"
     )
     assert metering._LIMIT.get() is None
 

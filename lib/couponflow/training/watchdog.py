@@ -115,7 +115,7 @@ class LakePulse(Pulse):
     """The heartbeat of a rank that shares nothing but the lake with whoever watches it.
 
     A thread writes the newest beat, and nothing while there is none: a rank that is stopped, or stuck between
-    two beats, is silent. What a rank that is killed did in its last two seconds is not known.
+    two beats, is silent. What a rank did in the two seconds before it was killed or stopped is not known.
     """
 
     def __init__(self, uri: str, rank: int, send_seconds: float = _SEND_SECONDS) -> None:
