@@ -70,8 +70,9 @@ def run(
     if not root.handlers:  # Horovod logs there, which would give it one that prints our lines too
         root.addHandler(logging.NullHandler())
     packages = [name for name in map(os.path.basename, spark.sparkContext.listFiles) if name.endswith(".zip")]
+    found: list[InfraError] = []
     try:
-        with _watched(watch):
+        with _watched(watch, found):
             horovod.spark.run(
                 _entry(packages, target, tuple(arguments)),
                 num_proc=num_ranks,
@@ -85,9 +86,9 @@ def run(
     except Exception as error:
         log.debug("ranks on Spark", exc_info=error)
         watch.refresh()
-        if isinstance(error, InfraError):  # a rank hangs, perhaps for another that has named its error
-            ours = rank_errors.named(uri, num_ranks)
-            ours = error if ours is None or isinstance(ours, InfraError) else ours
+        if found:  # a rank hangs, perhaps for another that has named its error
+            named = rank_errors.named(uri, num_ranks)
+            ours = found[0] if named is None or isinstance(named, InfraError) else named
         else:
             words = [*tail, *filter(None, str(error).splitlines())]
             ours = rank_errors.first(uri, num_ranks, type(error).__name__, words, watch.beats())
@@ -171,14 +172,14 @@ class _Lines:
 
 
 @contextmanager
-def _watched(watch: Watch) -> Iterator[None]:
+def _watched(watch: Watch, found: list[InfraError]) -> Iterator[None]:
     """Raise in the main thread, in the midst of what it waits for, when a rank makes no progress.
 
-    Horovod then cancels its Spark job and closes what it has opened. It also takes SIGTERM and SIGINT, and
-    its thread prints how the job ended: both are as before afterwards.
+    What is raised stands in ``found`` too, as it may reach the caller in another's words. Horovod then
+    cancels its Spark job and closes what it has opened. It also takes SIGTERM and SIGINT, and its thread
+    prints how the job ended: both are as before afterwards.
     """
     is_over = threading.Event()
-    found: list[InfraError] = []
 
     def look() -> None:
         while not is_over.wait(_LOOK_SECONDS):
