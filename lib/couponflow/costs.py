@@ -50,7 +50,7 @@ class Meter:
     def __init__(self) -> None:
         """Begin to count."""
         self._before, self._is_shared = _totals(), bool(_running)
-        for other in _running:
+        for other in tuple(_running):  # runs side by side have threads of their own
             other._is_shared = True
         _running.add(self)
 
