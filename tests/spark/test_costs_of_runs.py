@@ -74,4 +74,3 @@ def test_a_job_over_its_budget_stops_before_it_begins(spark: SparkSession, confi
     (record,) = runs.load_all(lake, "sessionize")
     assert record.status == "failed"
     assert record.usage["bytes_written"] == 0
-    assert record.usage["bytes_read"] == 0

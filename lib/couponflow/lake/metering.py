@@ -71,5 +71,5 @@ def charge(frame: "DataFrame") -> None:
 def input_bytes(frame: "DataFrame") -> int:
     """Bytes of the files that computing a frame opens; those that a filter leaves out are not among them."""
     leaves: Any = frame._jdf.queryExecution().optimizedPlan().collectLeaves()
-    sizes = [int(leaves.apply(n).stats().sizeInBytes().toString()) for n in range(leaves.size())]
+    sizes = [int(leaves.apply(n).stats().sizeInBytes()) for n in range(leaves.size())]
     return sum(size for size in sizes if size < _UNKNOWN_BYTES)
