@@ -173,7 +173,7 @@ def status(
     Example: couponflow status --job train
     """
     with errors_as_exit_codes():
-        known = ("land", *pipeline.UPKEEP, *pipeline.JOBS)
+        known = ("land", "migrate", *pipeline.UPKEEP, *pipeline.JOBS)
         if job and job not in known:
             raise ConfigError(f"unknown job {job!r}; one of {', '.join(sorted(known))}")
         settings = _load(config, overrides)
