@@ -1,4 +1,4 @@
-"""What ranks leave on ``gs://`` reaches whoever watches them: heartbeats, and the error of a rank that failed."""
+"""What ranks leave on ``gs://`` reaches whoever watches them: heartbeats, and the error of one that fails."""
 
 import pytest
 
