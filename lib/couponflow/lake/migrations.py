@@ -18,7 +18,7 @@ ADDED: dict[int, dict[str, tuple[str, ...]]] = {
     3: {"sends": ("mail_type",)},
     4: {"assignments": ("coupon_id",)},
 }
-#: Older tables keep statistics of user ids or were laid out otherwise; there are none of them in use.
+#: What tables before it lack is not noted here: they are refused.
 OLDEST = min(ADDED) - 1
 
 
