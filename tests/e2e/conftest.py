@@ -1,6 +1,7 @@
 """A real object server for the tests of ``gs://``: fake-gcs-server, one per run, a fresh bucket per test."""
 
 import shutil
+import socket
 import subprocess
 import time
 import urllib.request
@@ -9,7 +10,6 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from ports import free_port
 
 from couponflow.lake import storage
 
@@ -17,6 +17,12 @@ from couponflow.lake import storage
 def find_server() -> str | None:
     built = Path(__file__).parents[2] / ".tools" / "bin" / "fake-gcs-server"
     return str(built) if built.is_file() else shutil.which("fake-gcs-server")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
