@@ -18,7 +18,7 @@ from bench.run import Claim, in_turns, median_ratio
 from couponflow.lake import layouts
 from couponflow.sequences import packing
 from couponflow.training import feed, manifests, reader
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 CLAIMS = ("feed_vs_pyarrow",)
 #: Each file holds whole batches, so that both sides cut the rows alike.

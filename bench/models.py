@@ -15,7 +15,7 @@ from couponflow.models.batch import RANDOM_SIZES, Batch, random_batch
 from couponflow.models.dien import Dien
 from couponflow.models.layers import GruCell, packing
 from couponflow.training import steps, trainer
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 CLAIMS = ("augru_vs_gru", "memory")
 ROWS, STEPS, WIDTH, RUNS = 1024, 100, 36, 7

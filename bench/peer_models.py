@@ -36,7 +36,7 @@ from bench.widths import (
 from couponflow.models.batch import Batch
 from couponflow.models.dien import Dien
 from couponflow.training import steps
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 _SD = 0.05
 _NUM_WIDE = WIDTH  # in the place of the peers' user embedding

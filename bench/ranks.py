@@ -23,7 +23,7 @@ from couponflow.modelling import TrainingConfig
 from couponflow.models.batch import Batch, random_batch
 from couponflow.models.dien import Dien
 from couponflow.training import feed, launch, manifests, steps, trainer
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 CLAIMS = ("scaling_2_ranks", "feed_bound")
 ROWS, BATCH, SHUFFLE, EPOCHS, RUNS = 16_384, 1024, 4096, 3, 3

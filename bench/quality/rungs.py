@@ -19,7 +19,7 @@ from couponflow.modelling import BoostingConfig
 from couponflow.models.batch import Batch
 from couponflow.models.dien import Dien
 from couponflow.training import baselines, boosting, feed, preparation, steps, trainer
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 log = logging.getLogger("couponflow")
 

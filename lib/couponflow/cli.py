@@ -13,6 +13,7 @@ from couponflow import (
     campaign_file,
     checks,
     console,
+    costs,
     explanations,
     model_commands,
     pipeline,
@@ -192,7 +193,7 @@ def status(
     Example: couponflow status --on dataproc --env dev
     """
     with errors_as_exit_codes():
-        known = ("land", *pipeline.UPKEEP, *pipeline.JOBS)
+        known = ("land", "migrate", *pipeline.UPKEEP, *pipeline.JOBS)
         if job and job not in known:
             raise ConfigError(f"unknown job {job!r}; one of {', '.join(sorted(known))}")
         if submit_commands.is_remote(on, env):
@@ -211,7 +212,7 @@ def status(
             return
         console.show_rows(
             "Runs",
-            ["job", "dates", "arguments", "status", "seconds", "rows", "error"],
+            ["job", "dates", "arguments", "status", "seconds", "used", "rows", "error"],
             [
                 [
                     record.job,
@@ -219,6 +220,7 @@ def status(
                     " ".join(record.arguments.values()),
                     record.status + ("" if record.started_time >= since else ", not reproducible"),
                     round(record.seconds, 1),
+                    costs.text(record.usage, settings.cloud.prices.currency if settings.cloud else ""),
                     json.dumps(record.rows),
                     record.error,
                 ]

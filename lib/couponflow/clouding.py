@@ -173,6 +173,12 @@ class CloudConfig(Section):
     budget_per_run_amount: float = Field(
         gt=0.0, description="What one workflow may cost at its largest size and longest time, list prices."
     )
+    core_seconds_per_gib: float = Field(
+        default=300.0,
+        gt=0.0,
+        description="Core seconds that a GiB of input takes, for the estimate before a job's first shuffle; "
+        "the run records of your own runs tell yours (couponflow status). Higher stops jobs earlier.",
+    )
     labels: dict[LabelKey, LabelValue] = Field(
         default={}, max_length=16, description="Labels of every cluster and job, such as a cost centre."
     )

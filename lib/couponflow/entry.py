@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 
-from couponflow import campaign_file, scopes
+from couponflow import campaign_file, costs, scopes
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, CouponflowError, DataError, InfraError
@@ -235,7 +235,9 @@ def record_run(
     record.fingerprint, record.attempt_key = fingerprint, attempt_key
     record.config = config.model_dump(mode="json")
     faults.check(root_uri, config.spark.master)
-    with leases.held(root_uri, record, scopes.writes(name, dates, config, campaign), within) as lease:
+    scope = scopes.writes(name, dates, config, campaign)
+    with leases.held(root_uri, record, scope, within) as lease, costs.within_budget(name, str(dates), config):
+        meter = costs.Meter()
         if lease.taken_over:
             record.facts["leases_taken_over"] = lease.taken_over
         try:
@@ -245,10 +247,12 @@ def record_run(
             lease.check()
         except BaseException as error:
             ours = error if isinstance(error, CouponflowError) else _as_ours(f"{name} {dates}", error)
+            record.usage = meter.usage(name, config)
             _record_failure(root_uri, record, str(ours or f"{type(error).__name__}: {error}"))
             if ours is None or ours is error:
                 raise
             raise ours from error
+        record.usage = meter.usage(name, config)
         runs.finish(root_uri, record, "ok")
         faults.fire(root_uri, name, "after_record", dates.start)
     log.info(

@@ -1,5 +1,7 @@
 """Upkeep of the whole lake: erased people kept out, small files joined, files of old versions removed.
 
+Tables of older code are brought to the schema of this one when asked for.
+
 Nothing that a current reader needs changes: the rows stay, and what is removed was replaced longer ago than
 ``maintenance.retention_hours``. This is also phase two of an erasure.
 """
@@ -36,6 +38,33 @@ def maintain(spark: Any, job: Run, vacuum: bool, optimize: bool, dry_run: bool) 
         counts |= _vacuum(spark, job.root_uri, there, job.config, dry_run)
     for person in erasure.open_requests(job.root_uri):
         log.warning("erasure %s... was begun and not ended: run `couponflow erase` for it again", person[:12])
+    return counts
+
+
+def migrate(spark: Any, job: Run, dry_run: bool) -> dict[str, int]:
+    """Bring the tables of older code to this code's schema; returns the columns that each gets.
+
+    With ``dry_run`` nothing changes. All tables are looked at before the first is changed.
+
+    Raises:
+        DataError: a table is too old, of newer code, or not as its version says.
+        ConflictError: another run has changed a table meanwhile; run again.
+    """
+    from couponflow.lake import migrations
+
+    counts = {}
+    for migration in migrations.planned(spark, job.root_uri):
+        counts[f"migrated {migration.table}"] = len(migration.columns)
+        names = ", ".join(column.name for column in migration.columns) or "no column"
+        log.info(
+            "%s: schema version %d to %d, with %s",
+            migration.table,
+            migration.version,
+            schemas.SCHEMA_VERSION,
+            names,
+        )
+        if not dry_run:
+            migrations.apply(spark, job.root_uri, migration)
     return counts
 
 

@@ -93,6 +93,11 @@ class TrainingConfig(Section):
     """Used by train."""
 
     num_ranks: int = Field(default=2, ge=1, le=1024, description="Horovod processes.")
+    launcher: Literal["processes", "spark"] = Field(
+        default="processes",
+        description="What starts ranks. processes: on this machine; spark: each as a task of a Spark "
+        "application, which has a slot for every rank and no dynamic allocation.",
+    )
     batch_size: int = Field(default=128, ge=1, description="Rows per step over all ranks together.")
     max_epochs: int = Field(
         default=8, ge=1, le=1000, description="Upper bound of passes over the training rows."

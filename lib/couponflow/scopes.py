@@ -39,6 +39,7 @@ def writes(job: str, dates: DateRange, config: Config, campaign: str = "") -> tu
         "select_audience": (("assignments", None),),
         "monitor": (("verdicts", dates),),
         "erase_user": ((WHOLE_LAKE, None),),
+        "migrate": ((WHOLE_LAKE, None),),
     }
     return table.get(job, ())
 

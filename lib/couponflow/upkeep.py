@@ -57,18 +57,24 @@ def maintain(
     overrides: Overrides = None,
     vacuum: Annotated[bool, typer.Option("--vacuum", help="Only remove files of old versions.")] = False,
     optimize: Annotated[bool, typer.Option("--optimize", help="Only join small files.")] = False,
+    migrate: Annotated[
+        bool, typer.Option("--migrate", help="Only bring tables of older code to this code's schema.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Join small files, remove files of table versions older than the retention, keep erased people out.
+
+    After an upgrade whose code refuses the tables of the one before, --migrate brings them up, without
+    writing a row: no other job may run meanwhile, and older code refuses the tables from then on.
 
     Example: couponflow maintain --dry-run
     """
     with errors_as_exit_codes():
         settings = load_config(config, tuple(overrides or ()))
         session = LazySpark(settings)
-        with record_run("maintain", settings, today()) as job:
+        with record_run("migrate" if migrate else "maintain", settings, today()) as job:
             pipeline.load_job("maintain").run(
-                session(), job, vacuum or not optimize, optimize or not vacuum, dry_run
+                session(), job, vacuum or not optimize, optimize or not vacuum, dry_run, migrate
             )
         _show_counts("Would be done" if dry_run else "Done", job.rows)
 

@@ -13,7 +13,7 @@ from store_proxy import Fault, running
 from couponflow.errors import DataError, InfraError
 from couponflow.lake import layouts, storage
 from couponflow.training import feed, manifests, reader
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
 

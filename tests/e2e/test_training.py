@@ -23,6 +23,7 @@ from couponflow.models.calibration import fit_platt
 from couponflow.models.tabular import CAMPAIGN_TYPES
 from couponflow.training import calibrators, feed, fitting, launch, manifests, registry, steps, trainer
 from couponflow.training.checkpoints import Identity, Store
+from couponflow.training.workers import Workers
 
 WIDE = 4
 
@@ -63,13 +64,13 @@ class Poisoned(Plain):
 POISON = 1033
 
 
-def one_rank(workers: launch.Workers, root: str) -> None:
+def one_rank(workers: Workers, root: str) -> None:
     """Same gradients as one rank, a rank without data, uneven gathers, then a NaN on rank 1 only."""
     batches = [random_batch(torch.Generator().manual_seed(n), 8, num_wide=WIDE) for n in range(3)]
     own = [b.take([0, 1, 2] if workers.rank == 0 else [3, 4, 5, 6, 7]) for b in batches]
     config = TrainingConfig(max_epochs=2, patience=2, learning_rate=0.05)
     alone, together = Plain(), Plain()
-    steps.backward(alone, batches[0], steps.Objective(0.5), launch.Workers())
+    steps.backward(alone, batches[0], steps.Objective(0.5), Workers())
     steps.backward(together, own[0], steps.Objective(0.5), workers)
     for left, right in zip(alone.parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(left.grad, right.grad, rtol=1e-4, atol=1e-6)
@@ -78,7 +79,7 @@ def one_rank(workers: launch.Workers, root: str) -> None:
         trainer.Rows(lambda n: batches, lambda: batches),
         config,
         steps.Objective(0.5),
-        launch.Workers(),
+        Workers(),
     )
     found = trainer.fit(
         together, trainer.Rows(lambda n: own, lambda: own), config, steps.Objective(0.5), workers
@@ -89,7 +90,7 @@ def one_rank(workers: launch.Workers, root: str) -> None:
     assert abs(found.best.valid_auc - expected.best.valid_auc) < 1e-9
     idle = [empty_batch(WIDE)] if workers.rank else [batches[0]]
     steps.backward(together, idle[0], steps.Objective(0.5), workers)
-    steps.backward(alone.train(), batches[0], steps.Objective(0.5), launch.Workers())
+    steps.backward(alone.train(), batches[0], steps.Objective(0.5), Workers())
     for left, right in zip(alone.parameters(), together.parameters(), strict=True):
         torch.testing.assert_close(left.grad, right.grad, rtol=1e-2, atol=1e-4)
     assert workers.gather([] if workers.rank else [1.0, 2.0]).tolist() == [1.0, 2.0]
@@ -134,7 +135,7 @@ def test_two_gloo_ranks_equal_one_and_a_nan_stops_both(lake: tuple[str, str], tm
         launch.run(2, [sys.executable, str(Path(__file__).resolve()), str(tmp_path), root], tmp_path)
     assert caught.value.exit_code == 3
     notes = [json.loads((tmp_path / f"error-{rank}.json").read_text()) for rank in range(2)]
-    assert notes[0] == notes[1]
+    assert notes[0]["message"] == notes[1]["message"]
     steps = [int(Path(root, f"steps-{rank}").read_text()) for rank in range(2)]
     assert steps[0] == steps[1] > 1
     kept = Store(f"{root}/work/checkpoints-test", Identity("s", "d", 2)).load()

@@ -10,8 +10,8 @@ from couponflow.modelling import ModelConfig, TrainingConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, random_batch
 from couponflow.models.dien import Dien
 from couponflow.training import devices, steps, trainer
-from couponflow.training.launch import Workers
 from couponflow.training.progress import Progress, restore, snapshot
+from couponflow.training.workers import Workers
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: the network ran on CPU only"

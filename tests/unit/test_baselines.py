@@ -13,7 +13,7 @@ from couponflow.models.calibration import fit_platt, fit_temperature
 from couponflow.models.dien import Dien
 from couponflow.models.tabular import Logistic
 from couponflow.training import baselines, metrics, preparation
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}
 NUM_WIDE = len(layouts.WIDE_FEATURES)

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from couponflow.errors import ConfigError, ConflictError, DataError
 from couponflow.lake import layouts
 from couponflow.training import feed, manifests, reader
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 T0 = datetime(2024, 1, 1, tzinfo=UTC)
 SIZES = {"item": 50, "category": 20, "shop": 8, "event_type": 9}

@@ -24,9 +24,12 @@ LAYERS = {
     "mappings": 3,
     "modelling": 3,
     "config": 4,
+    # Arithmetic on the config; what runs costs is asked far below whatever talks to the cloud.
+    "cloud.prices": 4,
     "lake": 5,
     "scopes": 6,
     "campaign_file": 6,
+    "costs": 6,
     "entry": 7,
     "sources": 7,
     "sequences": 7,
@@ -82,6 +85,7 @@ AT_TOP = {
     "lake.failures": {"pyspark", "py4j"},
     "lake.erasure": {"pyspark", "py4j"},
     "lake.upkeep": {"pyspark"},
+    "lake.migrations": {"pyspark"},
     "sources": {"numpy", "pandas", "pyarrow"},
     "sequences": {"pyspark", "numpy", "pandas", "pyarrow"},
     "models": {"torch", "numpy", "pydantic"},
@@ -98,7 +102,7 @@ DOORS = {
     "yaml": {"cloud.rendering"},
     "petastorm": {"training.reader"},
     "gcsfs": {"training.reader"},
-    "horovod": {"training.launch"},
+    "horovod": {"training.workers", "training.spark_launch"},
     "tomllib": {"config", "campaign_file"},
 }
 

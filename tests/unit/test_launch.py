@@ -14,12 +14,20 @@ import pytest
 
 from couponflow.errors import ConfigError, DataError, InfraError
 from couponflow.training import launch
+from couponflow.training.workers import Workers, connect
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run argv itself instead of horovodrun."""
     monkeypatch.setattr(launch, "command", lambda num_ranks, argv, *limits: list(argv))
+
+
+#: How a rank leaves its error, in a script that knows the folder as ``f``.
+NOTE = (
+    "note = lambda rank, kind, text, at=1: f.joinpath(f'error-{rank}.json').write_text("
+    "json.dumps({'class': kind, 'message': text, 'time': at}));"
+)
 
 
 def script(text: str) -> list[str]:
@@ -40,8 +48,8 @@ def test_too_many_ranks_are_refused() -> None:
 
 
 def test_group_of_one_returns_what_it_gets() -> None:
-    workers = launch.connect()
-    assert (workers.rank, workers.size, type(workers)) == (0, 1, launch.Workers)
+    workers = connect()
+    assert (workers.rank, workers.size, type(workers)) == (0, 1, Workers)
     assert workers.allreduce_sum([1, 2]).tolist() == [1.0, 2.0]
     assert workers.allreduce_sum(3).tolist() == [3.0]
     assert workers.start_sum("rows", [1, 2])().tolist() == [1.0, 2.0]
@@ -62,9 +70,7 @@ def test_error_of_a_rank_comes_back_as_its_class(fake: None, tmp_path: Path) -> 
     (tmp_path / "error-0.json").write_text(json.dumps({"class": "ConfigError", "message": "old"}))
     text = (
         "import pathlib, json, sys; f = pathlib.Path(sys.argv[1]);"
-        "f.joinpath('error-0.json').write_text(json.dumps({'class': 'InfraError', 'message': 'peer lost'}));"
-        "f.joinpath('error-1.json').write_text(json.dumps({'class': 'DataError', 'message': 'loss is NaN'}));"
-        "sys.exit(3)"
+        f"{NOTE} note(0, 'InfraError', 'peer lost'); note(1, 'DataError', 'loss is NaN', 2); sys.exit(3)"
     )
     with pytest.raises(DataError, match="rank 1: loss is NaN"):
         launch.run(2, [*script(text), str(tmp_path)], tmp_path)
@@ -72,10 +78,9 @@ def test_error_of_a_rank_comes_back_as_its_class(fake: None, tmp_path: Path) -> 
 
 def test_the_first_rank_to_fail_is_named(fake: None, tmp_path: Path) -> None:
     text = (
-        "import pathlib, json, os, sys; f = pathlib.Path(sys.argv[1]);"
-        "note = lambda rank, at, text: (f.joinpath(f'error-{rank}.json').write_text(json.dumps("
-        "{'class': 'InfraError', 'message': text})), os.utime(f / f'error-{rank}.json', (at, at)));"
-        "note(0, 200, 'peer lost'); note(1, 100, 'disk full'); sys.exit(5)"
+        "import pathlib, json, sys; f = pathlib.Path(sys.argv[1]);"
+        f"{NOTE} note(0, 'InfraError', 'peer lost', 200); note(1, 'InfraError', 'disk full', 100);"
+        "sys.exit(5)"
     )
     with pytest.raises(InfraError, match="rank 1: disk full"):
         launch.run(2, [*script(text), str(tmp_path)], tmp_path)
@@ -84,10 +89,10 @@ def test_the_first_rank_to_fail_is_named(fake: None, tmp_path: Path) -> None:
 def test_a_lost_peer_points_to_the_rank_that_said_nothing(fake: None, tmp_path: Path) -> None:
     """Whichever the launcher saw end first."""
     text = (
-        "import json, pathlib, sys; from couponflow.training.watchdog import Pulse;"
-        "f = pathlib.Path(sys.argv[1]); Pulse(f, 0).beat('step', 1, 5); Pulse(f, 1).beat('load', 1, 4);"
-        "note = {'class': 'InfraError', 'message': 'HorovodInternalError: peer closed'};"
-        "f.joinpath('error-0.json').write_text(json.dumps(note));"
+        "import json, pathlib, sys; from couponflow.training.watchdog import FilePulse;"
+        "f = pathlib.Path(sys.argv[1]);"
+        "FilePulse(f, 0).beat('step', 1, 5); FilePulse(f, 1).beat('load', 1, 4);"
+        f"{NOTE} note(0, 'InfraError', 'HorovodInternalError: peer closed');"
         "print('Process name: 0\\nExit code: 5\\n'); sys.exit(1)"
     )
     with pytest.raises(
@@ -107,8 +112,8 @@ def is_gone(pid: int) -> bool:
 
 #: Rank 1 of a group: beats at epoch 2, step 7, and stops itself, as SIGSTOP would.
 STOPPED = (
-    "import os, pathlib, signal, sys; from couponflow.training.watchdog import Pulse;"
-    "pulse = Pulse(pathlib.Path(sys.argv[1]), 1); pulse.beat('step', 2, 7);"
+    "import os, pathlib, signal, sys; from couponflow.training.watchdog import FilePulse;"
+    "pulse = FilePulse(pathlib.Path(sys.argv[1]), 1); pulse.beat('step', 2, 7);"
     "os.kill(os.getpid(), signal.SIGSTOP)"
 )
 
@@ -116,9 +121,9 @@ STOPPED = (
 def test_a_stopped_rank_is_named_and_the_whole_family_killed(fake: None, tmp_path: Path) -> None:
     # The rank has a session of its own, as ranks have, and is stopped: only SIGKILL ends it.
     text = (
-        "import pathlib, subprocess, sys, time; from couponflow.training.watchdog import Pulse;"
+        "import pathlib, subprocess, sys, time; from couponflow.training.watchdog import FilePulse;"
         f"rank = [sys.executable, '-c', {STOPPED!r}, sys.argv[1]];"
-        "subprocess.Popen(rank, start_new_session=True); pulse = Pulse(pathlib.Path(sys.argv[1]), 0);"
+        "subprocess.Popen(rank, start_new_session=True); pulse = FilePulse(pathlib.Path(sys.argv[1]), 0);"
         "pulse.beat('step', 2, 7); pulse.exchange(); print('waiting', flush=True); time.sleep(60)"
     )
     start = time.perf_counter()
@@ -149,9 +154,9 @@ def test_a_stopped_rank_that_outlives_its_launcher_is_killed(fake: None, tmp_pat
 def test_the_rank_that_died_first_is_named_with_its_place(fake: None, tmp_path: Path) -> None:
     """Its peer has only lost it, and says so."""
     text = (
-        "import json, pathlib, sys; from couponflow.training.watchdog import Pulse;"
-        "f = pathlib.Path(sys.argv[1]); Pulse(f, 1).beat('checkpoint', 3, 20);"
-        "f.joinpath('error-0.json').write_text(json.dumps({'class': 'InfraError', 'message': 'peer lost'}));"
+        "import json, pathlib, sys; from couponflow.training.watchdog import FilePulse;"
+        "f = pathlib.Path(sys.argv[1]); FilePulse(f, 1).beat('checkpoint', 3, 20);"
+        f"{NOTE} note(0, 'InfraError', 'peer lost');"
         "print('The first process to do so was:\\nProcess name: 1\\nExit code: 137\\n'); sys.exit(1)"
     )
     place = (
@@ -196,7 +201,7 @@ def test_a_job_that_is_told_to_end_takes_its_ranks_along(tmp_path: Path) -> None
 def test_a_foreign_error_of_a_rank_is_an_infra_error_without_its_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def work(workers: launch.Workers) -> None:
+    def work(workers: Workers) -> None:
         raise RuntimeError("peer closed the connection\nat gloo/transport.cc")
 
     with pytest.raises(SystemExit) as caught:
@@ -212,21 +217,19 @@ def test_a_foreign_error_of_a_rank_is_an_infra_error_without_its_traceback(
 
 
 def test_a_rank_leaves_its_error_and_exit_code(tmp_path: Path) -> None:
-    def work(workers: launch.Workers) -> None:
+    def work(workers: Workers) -> None:
         raise DataError(f"rank {workers.rank} of {workers.size}")
 
     with pytest.raises(SystemExit) as caught:
         launch.run_rank(tmp_path, work)
     assert caught.value.code == 3
-    assert json.loads((tmp_path / "error-0.json").read_text()) == {
-        "class": "DataError",
-        "message": "rank 0 of 1",
-    }
+    note = json.loads((tmp_path / "error-0.json").read_text())
+    assert (note["class"], note["message"]) == ("DataError", "rank 0 of 1")
 
 
 def test_horovod_is_not_imported_by_a_group_of_one() -> None:
     code = (
-        "import sys; from couponflow.training import feed, launch; launch.connect();"
+        "import sys; from couponflow.training import feed, launch, workers; workers.connect();"
         "print('horovod' in sys.modules, 'torch' in sys.modules, 'petastorm' in sys.modules)"
     )
     found = subprocess.run(script(code), capture_output=True, text=True, check=True)

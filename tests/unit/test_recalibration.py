@@ -25,7 +25,7 @@ from couponflow.models.bundle import Bundle, load_bundle
 from couponflow.models.calibration import Calibrator, logit, sigmoid
 from couponflow.models.tabular import CAMPAIGN_TYPES, Logistic, Rate
 from couponflow.training import calibrators, feed, fitting, manifests, metrics, recalibration, registry
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 WIDTH = len(layouts.WIDE_FEATURES)
 TYPES = {letter: layouts.WIDE_FEATURES.index(f"is_type_{letter}") for letter in "abc"}

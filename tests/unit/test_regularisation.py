@@ -14,8 +14,8 @@ from couponflow.modelling import ModelConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, feature_ids, random_batch
 from couponflow.models.dien import Dien
 from couponflow.training import preparation, steps
-from couponflow.training.launch import Workers
 from couponflow.training.regularisation import MiniBatchAware, occurrences, penalty
+from couponflow.training.workers import Workers
 
 WIDE = 3
 SMALL = ModelConfig(hidden_dim=4, attention_dims=(4,), auxiliary_dims=(4,), head_dims=(4,), dropout=0.0)

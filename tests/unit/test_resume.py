@@ -15,7 +15,7 @@ from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch
 from couponflow.models.dien import Dien
 from couponflow.training import progress, steps, trainer
 from couponflow.training.checkpoints import Identity, Store
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 MODEL = ModelConfig(dropout=0.3, hidden_dim=6, head_dims=(6,), attention_dims=(6,), auxiliary_dims=(6,))
 #: Every rule whose state a checkpoint has to hold: dropout, running statistics, warm-up, plateaus, patience.

@@ -15,7 +15,7 @@ from couponflow.modelling import ModelConfig, TrainingConfig
 from couponflow.models.batch import RANDOM_SIZES, Batch, empty_batch, random_batch
 from couponflow.models.dien import Dien
 from couponflow.training import devices, metrics, steps, trainer
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 WIDE = 5
 
@@ -268,6 +268,8 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     fifth = Workers()
     fifth.local_rank = 5
     assert devices.chosen(TrainingConfig(), fifth) == torch.device("cuda", 1)
+    fifth.gpu = 0  # by Spark, whose executors on one machine each count their ranks from 0
+    assert devices.chosen(TrainingConfig(), fifth) == torch.device("cuda", 0)
     assert devices.chosen(TrainingConfig(device="cpu"), fifth) == torch.device("cpu")
 
 

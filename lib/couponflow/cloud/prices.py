@@ -53,6 +53,24 @@ def hourly_price(cluster: Mapping[str, Any], cloud: CloudConfig, max_secondaries
     return HourlyPrice(least, fixed + _group_price(secondary, max(asked, max_secondaries), prices))
 
 
+def core_hour_price(machine: str, prices: PricesConfig) -> float:
+    """The price of a vCPU of a machine for an hour, on demand: with its memory and the fee of Dataproc.
+
+    Raises:
+        ConfigError: the machine type has no price.
+    """
+    return _node_price({"machineTypeUri": machine}, prices) / _shape(machine)[1]
+
+
+def gpu_hour_price(accelerator: str, prices: PricesConfig) -> float:
+    """The price of one GPU for an hour.
+
+    Raises:
+        ConfigError: the GPU type has no price.
+    """
+    return _gpu_price({"acceleratorTypeUri": accelerator}, prices)
+
+
 def _group_price(group: Mapping[str, Any], count: int, prices: PricesConfig) -> float:
     return count * _node_price(group, prices) if count else 0.0
 

@@ -219,6 +219,10 @@ def _agreement(environment: Environment) -> Iterator[Finding]:
             f"{config.training.num_ranks} ranks on {cloud.gpu.num_ranks} GPUs",
             f"write {cloud.gpu.num_ranks}, cloud.gpu.num_workers x cloud.gpu.gpus_per_worker",
         )
+    if config.training.launcher != "spark":
+        yield place.finding(
+            "training.launcher", "ranks would run on the master, which has no GPU", 'write "spark"'
+        )
 
 
 def _priced(

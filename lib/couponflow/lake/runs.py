@@ -21,7 +21,7 @@ _NUM_READERS = 16
 
 @dataclass
 class RunRecord:
-    """One run of one job. ``rows`` maps a name (table, feed, reason) to a count.
+    """One run of one job. ``rows`` maps a name (table, feed, reason) to a count, ``usage``: see ``costs``.
 
     ``attempt_key``: id of the job on Dataproc that it was; empty for a run elsewhere, or of a workflow.
     """
@@ -42,6 +42,7 @@ class RunRecord:
     versions: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    usage: dict[str, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:

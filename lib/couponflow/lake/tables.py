@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import date
 from functools import cache, wraps
 from types import MappingProxyType
@@ -28,7 +29,17 @@ from pyspark.sql import types as T
 
 from couponflow.dates import DateRange
 from couponflow.errors import CommitConflictError, ConfigError, ConflictError, DataError, InfraError
-from couponflow.lake import connector, declarations, failures, faults, literals, retries, schemas, storage
+from couponflow.lake import (
+    connector,
+    declarations,
+    failures,
+    faults,
+    literals,
+    metering,
+    retries,
+    schemas,
+    storage,
+)
 from couponflow.sections import SparkConfig
 
 log = logging.getLogger("couponflow")
@@ -36,9 +47,17 @@ log = logging.getLogger("couponflow")
 _JobBody = Callable[[SparkSession, Any], None]
 _MAX_RUNS, _PAUSE_SECONDS = 3, 1.0
 _SAFE_VALUE = re.compile(r"[A-Za-z0-9_.:-]{1,128}", re.ASCII)
-_PROPERTY = "couponflow.schema_version"
+VERSION_PROPERTY = "couponflow.schema_version"
 _STAND_INS: ContextVar[Mapping[str, DataFrame]] = ContextVar("stand_ins", default=MappingProxyType({}))
 _USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a table was laid out: by code of which schema version (0: none is noted), with which columns."""
+
+    version: int
+    columns: tuple[str, ...]
 
 
 def spark_session(config: SparkConfig, app_name: str) -> SparkSession:
@@ -108,6 +127,28 @@ def _spark_type(text: str) -> T.DataType:
 def table_uri(root_uri: str, table: str) -> str:
     """Where a declared table lies."""
     return storage.spark_uri(storage.join(root_uri, "tables", _declared(table).name))
+
+
+def sql_name(root_uri: str, table: str) -> str:
+    """The table as SQL names it.
+
+    Raises:
+        ConfigError: its path cannot stand in SQL.
+    """
+    uri = table_uri(root_uri, table)
+    if "`" in uri:
+        raise ConfigError(f"lake.root_uri {root_uri!r}: a path with a backtick cannot be named in SQL")
+    return f"delta.`{uri}`"
+
+
+def layout(spark: SparkSession, root_uri: str, table: str) -> Layout | None:
+    """How a table of any schema version is laid out now; None where there is none."""
+    uri = table_uri(root_uri, table)
+    if not DeltaTable.isDeltaTable(spark, uri):
+        return None
+    columns = spark.read.format("delta").load(uri).columns
+    version = _property(spark, uri, VERSION_PROPERTY)
+    return Layout(int(version) if version.isdecimal() else 0, tuple(columns))
 
 
 def read(
@@ -193,6 +234,7 @@ def overwrite(
     faults.fire(root_uri, table, "before_write", day)
     if faults.is_set(table, "during_write", day):
         shaped = shaped.mapInArrow(faults.passing(root_uri), shaped.schema)
+    metering.charge(shaped)
     _create_if_absent(frame.sparkSession, declared, uri)
     mark = f"{run_id} {uuid.uuid4().hex[:8]}"
     writer = (
@@ -391,11 +433,12 @@ def _check_schema_version(spark: SparkSession, declared: declarations.Table, uri
 
     Off the snapshot that the read has just loaded: ``detail()`` says the same after seconds of Spark jobs.
     """
-    version = _property(spark, uri, _PROPERTY)
+    version = _property(spark, uri, VERSION_PROPERTY)
     if version != str(schemas.SCHEMA_VERSION):
         raise DataError(
             f"table {declared.name} at {uri} has schema version {version}, this code knows "
-            f"{schemas.SCHEMA_VERSION}; use the code that wrote it, or build a new lake.root_uri"
+            f"{schemas.SCHEMA_VERSION}; run `couponflow maintain --migrate` if it is older, else use the "
+            "code that wrote it"
         )
 
 
@@ -423,7 +466,7 @@ def _create_if_absent(spark: SparkSession, declared: declarations.Table, uri: st
             "delta.dataSkippingStatsColumns",
             ",".join(dict.fromkeys(s for s in statistics if s not in declared.partition)),
         )
-        .property(_PROPERTY, str(schemas.SCHEMA_VERSION))
+        .property(VERSION_PROPERTY, str(schemas.SCHEMA_VERSION))
     )
     if declared.partition:
         builder = builder.partitionedBy(*declared.partition)
@@ -448,4 +491,7 @@ def _rows_committed(spark: SparkSession, uri: str, mark: str, metric: str = "num
             "run again"
         ) from error
     ours = [row["operationMetrics"] for row in history if row["userMetadata"] == mark]
-    return int(ours[0].get(metric, 0)) if ours else None
+    if not ours:
+        return None
+    metering.wrote(int(ours[0].get("numOutputBytes") or ours[0].get("numTargetBytesAdded") or 0))
+    return int(ours[0].get(metric, 0))

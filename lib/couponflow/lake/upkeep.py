@@ -65,7 +65,9 @@ def compact(spark: SparkSession, root_uri: str, table: str, partition: dict[str,
     """
     where = f" WHERE {tables.predicate(schemas.TABLES[table], None, partition)}" if partition else ""
     try:
-        done = spark.sql(f"OPTIMIZE {_place(root_uri, table)}{where}").select("metrics.*").collect()[0]
+        done = (
+            spark.sql(f"OPTIMIZE {tables.sql_name(root_uri, table)}{where}").select("metrics.*").collect()[0]
+        )
     except Exception as error:
         raise failures.write_error(error, table, partition) from error
     return int(done["numFilesRemoved"]) - int(done["numFilesAdded"])
@@ -90,19 +92,14 @@ def vacuum(spark: SparkSession, root_uri: str, table: str, hours: int) -> None:
 def _vacuum(spark: SparkSession, root_uri: str, table: str, hours: int, mode: str = "") -> list[str]:
     with _settings_off(spark):
         try:
-            rows = spark.sql(f"VACUUM {_place(root_uri, table)} RETAIN {int(hours)} HOURS{mode}").collect()
+            rows = spark.sql(
+                f"VACUUM {tables.sql_name(root_uri, table)} RETAIN {int(hours)} HOURS{mode}"
+            ).collect()
         except PySparkException as error:
             raise failures.store_error(error, f"table {table}") or InfraError(
                 f"table {table}: VACUUM failed ({failures.first_line(error)}); check access and run again"
             ) from error
     return sorted(str(row[0]) for row in rows)
-
-
-def _place(root_uri: str, table: str) -> str:
-    uri = tables.table_uri(root_uri, table)
-    if "`" in uri:
-        raise ConfigError(f"lake.root_uri {root_uri!r}: a path with a backtick cannot be named in SQL")
-    return f"delta.`{uri}`"
 
 
 @contextmanager

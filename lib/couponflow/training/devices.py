@@ -5,11 +5,14 @@ from torch import Tensor, nn
 
 from couponflow.errors import ConfigError
 from couponflow.modelling import TrainingConfig
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 
 def chosen(config: TrainingConfig, workers: Workers) -> torch.device:
-    """The device of this rank: GPU number local rank modulo their number, or the host.
+    """The device of this rank: the GPU that a scheduler gave it, else number local rank, or the host.
+
+    Two executors of one machine see all its GPUs, and each counts its ranks from 0: only what Spark has given
+    to a task tells them apart.
 
     Raises:
         ConfigError: a GPU is asked for and there is none.
@@ -21,7 +24,8 @@ def chosen(config: TrainingConfig, workers: Workers) -> torch.device:
         )
     if config.device == "cpu" or not has_gpu:
         return torch.device("cpu")
-    return torch.device("cuda", workers.local_rank % torch.cuda.device_count())
+    number = workers.local_rank if workers.gpu is None else workers.gpu
+    return torch.device("cuda", number % torch.cuda.device_count())
 
 
 def of(network: nn.Module) -> torch.device:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from couponflow.errors import ConfigError, CouponflowError, DataError
 from couponflow.training import manifests, reader
-from couponflow.training.launch import Pending, Workers
+from couponflow.training.workers import Pending, Workers
 
 if TYPE_CHECKING:
     from couponflow.models.batch import Batch

@@ -2,8 +2,9 @@
 
 Protocol: fitted on split ``train``, chosen and calibrated on ``valid``; ``test`` is never opened here.
 Where training negatives were sampled, every calibrator undoes that exactly before its fitted map.
-A DIEN trains on ``training.num_ranks`` Horovod ranks. The process that asks for it starts them, each of them
-runs ``train_rank``, rank 0 leaves the bundle in the run's folder, and the asking process registers it.
+A DIEN trains on ``training.num_ranks`` Horovod ranks. The process that asks for it starts them, beside it or
+as tasks of Spark, each of them runs ``train_rank``, rank 0 leaves the bundle in the run's folder, local or on
+the lake, and the asking process registers it.
 """
 
 import json
@@ -24,7 +25,7 @@ from couponflow.config import Config
 from couponflow.errors import ConfigError, DataError
 from couponflow.lake import faults, storage
 from couponflow.training import calibrators, feed, launch, manifests, metrics, preparation, registry
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers, connect, launched_rank
 
 if TYPE_CHECKING:
     from couponflow.models.bundle import Bundle
@@ -35,7 +36,7 @@ log = logging.getLogger("couponflow")
 _TRAIN, _VALID = "train", "valid"
 _BUNDLE, _RESULT, _CONFIG = "bundle", "result.json", "config.json"
 #: Settings of training that do not change what is learnt; the number of ranks is checked by itself.
-_OPERATIONAL = {"num_ranks", "start_timeout_seconds", "stall_seconds", "checkpoint_steps"}
+_OPERATIONAL = {"num_ranks", "launcher", "start_timeout_seconds", "stall_seconds", "checkpoint_steps"}
 
 
 def train(
@@ -65,15 +66,18 @@ def train(
         checkpoints.clear()
     elif checkpoints is not None:
         checkpoints.load()  # refused before any rank is started
-    if kind == "dien" and ranks > 1 and not launch.is_launched():
+    is_on_spark = config.training.launcher == "spark"
+    if kind == "dien" and (ranks > 1 or is_on_spark) and launched_rank() is None:
         for split in (_TRAIN, _VALID):
             manifests.check(dataset, split, ranks)
-        (folder / _CONFIG).write_text(config.model_dump_json(), encoding="utf-8")
-        timeout = config.training.start_timeout_seconds
-        stall = config.training.stall_seconds
-        launch.run(ranks, [*argv, "--run-folder", str(folder)], folder, timeout, stall)
+        if is_on_spark:
+            _train_on_spark(config, kind, run_id, folder)
+        else:
+            (folder / _CONFIG).write_text(config.model_dump_json(), encoding="utf-8")
+            limits = config.training.start_timeout_seconds, config.training.stall_seconds
+            launch.run(ranks, [*argv, "--run-folder", str(folder)], folder, *limits)
     else:
-        train_rank(config, kind, folder, launch.connect(), dataset)
+        train_rank(config, kind, folder, connect(), dataset)
     if not (folder / _RESULT).is_file():  # another rank of a launcher that is not ours
         shutil.rmtree(folder)
         return {}, {"rank_only": True}
@@ -100,6 +104,49 @@ def run_rank(folder: Path, kind: str) -> None:
     launch.run_rank(folder, work)
 
 
+def _train_on_spark(config: Config, kind: str, run_id: str, folder: Path) -> None:
+    """Train on ranks that know the lake only, and bring what they leave there into ``folder``."""
+    from couponflow.lake import tables
+    from couponflow.training import spark_launch
+
+    root_uri = storage.spark_uri(config.lake.root_uri)  # ranks have other working folders
+    uri = storage.join(root_uri, "work", run_id)
+    lake = config.lake.model_copy(update={"root_uri": root_uri})
+    content = config.model_copy(update={"lake": lake}).model_dump_json().encode()
+    storage.create(storage.join(uri, _CONFIG), content, run_id)
+    training = config.training
+    spark_launch.run(
+        tables.spark_session(config.spark, "train"),
+        training.num_ranks,
+        f"{__name__}:{run_lake_rank.__name__}",
+        (uri, kind, run_id),
+        uri,
+        training.start_timeout_seconds,
+        training.stall_seconds,
+    )
+    if storage.is_remote(uri):
+        storage.download_folder(uri, folder)
+        storage.remove_folder(uri)
+
+
+def run_lake_rank(uri: str, kind: str, run_id: str) -> None:
+    """One rank of a run on Spark; what it needs lies below ``uri``, and rank 0 leaves its result there."""
+    from couponflow.training import spark_launch
+
+    config = Config.model_validate_json(storage.read_bytes(storage.join(uri, _CONFIG)))
+
+    def work(workers: Workers) -> None:
+        with tempfile.TemporaryDirectory(prefix=f"{run_id}-") as name:
+            folder = Path(name)
+            train_rank(config, kind, folder, workers, manifests.load(config.lake.root_uri))
+            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                storage.create(
+                    storage.join(uri, path.relative_to(folder).as_posix()), path.read_bytes(), run_id
+                )
+
+    spark_launch.run_rank(uri, work)
+
+
 def train_rank(config: Config, kind: str, folder: Path, workers: Workers, dataset: manifests.Dataset) -> None:
     """Fit one model; rank 0 leaves the bundle, the rows read and the curves in ``folder``."""
     from couponflow.models.bundle import save_bundle
@@ -110,7 +157,7 @@ def train_rank(config: Config, kind: str, folder: Path, workers: Workers, datase
         log.setLevel(logging.WARNING)  # one rank reports for all
     match kind:
         case "dien":
-            bundle = fit_dien(config, dataset, workers, folder)
+            bundle = fit_dien(config, dataset, workers)
             num_train = dataset.rows(_TRAIN)
         case "blend":
             bundle, num_train = fit_blend(config, dataset, folder), 0
@@ -138,7 +185,7 @@ def fitted_on(config: Config, kind: str) -> dict[str, int]:
     }
 
 
-def fit_dien(config: Config, dataset: manifests.Dataset, workers: Workers, folder: Path) -> "Bundle":
+def fit_dien(config: Config, dataset: manifests.Dataset, workers: Workers) -> "Bundle":
     """Train the network on this rank's shards; the bundle is calibrated on all validation rows."""
     import torch
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from couponflow.config import Config
 from couponflow.training import feed, metrics
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 if TYPE_CHECKING:
     from torch import Tensor

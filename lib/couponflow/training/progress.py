@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from couponflow.errors import DataError
 from couponflow.training import devices, metrics
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 
 @dataclass(frozen=True)

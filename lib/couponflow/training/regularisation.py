@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from couponflow.models.batch import Batch, feature_ids
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 
 def penalty(embedding: Tensor, ids: Tensor, count: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from couponflow.errors import DataError
 from couponflow.models.batch import Batch
 from couponflow.training import devices
-from couponflow.training.launch import Workers
+from couponflow.training.workers import Workers
 
 #: Where rows of the batch that was fed last are stored; all of them when none is named.
 Locate = Callable[[Sequence[int]], str]

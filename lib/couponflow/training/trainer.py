@@ -23,7 +23,6 @@ from couponflow.modelling import TrainingConfig
 from couponflow.models.batch import Batch
 from couponflow.training import devices, metrics
 from couponflow.training.checkpoints import Store
-from couponflow.training.launch import Workers
 from couponflow.training.progress import Epoch, Fitted, Progress, restore, snapshot
 from couponflow.training.steps import (
     Locate,
@@ -34,6 +33,7 @@ from couponflow.training.steps import (
     nowhere,
     parameter_groups,
 )
+from couponflow.training.workers import Workers
 
 log = logging.getLogger("couponflow")
 
