@@ -144,7 +144,7 @@ def sql_name(root_uri: str, table: str) -> str:
 def layout(spark: SparkSession, root_uri: str, table: str) -> Layout | None:
     """How a table of any schema version is laid out now; None where there is none."""
     uri = table_uri(root_uri, table)
-    if not DeltaTable.isDeltaTable(spark, uri):
+    if not _is_created(spark, table, uri):
         return None
     columns = spark.read.format("delta").load(uri).columns
     version = _property(spark, uri, VERSION_PROPERTY)
