@@ -137,7 +137,7 @@ def test_the_dates_of_a_day_are_those_of_scopes_and_backfills() -> None:
 @pytest.mark.parametrize(
     ("name", "dates", "campaign", "words"),
     [
-        ("weekly", DAY, "", "one of backfill, campaign, daily, train"),
+        ("weekly", DAY, "", "one of backfill, campaign, daily, maintain, train"),
         ("daily", WEEK, "", "give one day"),
         ("campaign", DAY, "", "give --campaign ID"),
         ("campaign", DAY, "18 19", "does not match"),
