@@ -34,6 +34,10 @@ run: install ## the main job on real data, end to end; prints where the report i
 demo: install ## the same pipeline on a small synthetic shop (no download)
 	$(PYTHON) -m couponflow.cli run --config deploy/env/demo.toml
 
+.PHONY: demo-dataproc
+demo-dataproc: install .stamps/gcs ## a day and a ten-day backfill, submitted to local servers in the place of Google's
+	$(PYTHON) tests/demo_dataproc.py
+
 .PHONY: test
 test: install .stamps/gcs ## all tests that need no GPU and no cloud account
 	$(PYTHON) -m pytest $(WORKERS)

@@ -21,6 +21,13 @@ from couponflow.cli import app
 from couponflow.lake import storage
 
 State = dp.JobStatus.State
+#: The command line as a terminal starts it: what a shell starts in the background ignores Ctrl-C, and so would
+#: all that it starts.
+INTERRUPTIBLE = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("couponflow.cli", run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclass
@@ -47,7 +54,7 @@ class World:
 
     def spawn(self, *args: str) -> subprocess.Popen[str]:
         """The command line in a process of its own."""
-        command = [sys.executable, "-m", "couponflow.cli", *args, "--env", str(self.file)]
+        command = [sys.executable, "-c", INTERRUPTIBLE, *args, "--env", str(self.file)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "lib"), str(ROOT)])}
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)

@@ -1,0 +1,109 @@
+"""``make demo-dataproc``: a day and a backfill on Dataproc, with local servers in the place of the services.
+
+A synthetic shop is landed on ``gs://``; Google's clients submit to a stand-in of Dataproc, whose drivers are
+real ``spark-submit`` processes that reach the store through Spark's connector. One driver fails and one
+answer is lost on the way. What has to hold at the end is asserted, so a demo that went wrong ends with 1.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import pyspark
+import typer
+from dataproc_world import World, world
+from deploy_files import ROOT
+from object_server import MISSING, find_server, running
+from spark_runner import SparkRunner
+
+FIRST, LAST = "2024-01-02", "2024-01-11"  # the ten days of the backfill
+DAY = "2024-01-12"
+#: A lake of a few hundred rows on two cores: the defaults would start hundreds of tasks for each of its logs.
+SETTINGS = {
+    "spark.sql.shuffle.partitions": "2",
+    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
+}
+SHOP = """
+[source]
+name = "synthetic"
+num_users = 120
+[world]
+rate = 0.6
+campaign_first_day = 3
+campaign_every_days = 7
+has_day_truth = false
+[events]
+pseudonymise = false
+[conversions]
+source = "redemptions"
+window = "campaign"
+[vocabulary]
+max_oov_share = 1.0
+[examples]
+history_length = 20
+train_start = "2024-01-04"
+valid_start = "2024-01-11"
+test_start = "2024-01-18"
+[run]
+first_date = "2024-01-01"
+last_date = "2024-01-25"
+first_as_of = "2024-01-01"
+campaign_id = "3"
+run_date = "2024-01-18"
+"""
+
+
+def main() -> None:
+    """Run the demo in a folder that goes with it."""
+    program = find_server()
+    if program is None:
+        sys.exit(MISSING)
+    connector = next((Path(pyspark.__file__).parent / "jars").glob("gcs-connector-*-shaded.jar"), None)
+    with ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="couponflow-demo-"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        url = stack.enter_context(running(program, folder))
+        os.environ["STORAGE_EMULATOR_HOST"] = url  # the storage library's own switch
+        runner = SparkRunner(folder / "drivers", url, connector=connector, settings=SETTINGS)
+        here = stack.enter_context(world(folder, "rest", runner))
+        here.file.write_text(here.file.read_text(encoding="utf-8") + SHOP, encoding="utf-8")
+        play(here)
+
+
+def play(here: World) -> None:
+    """Land, prepare, backfill with two mishaps, run a day, and show what came of it."""
+    env = ("--env", str(here.file))
+    ask("land", "synthetic", "--config", str(here.file))
+    ask("submit", "clean_events", "--dates", "2024-01-01", *env)
+    ask("submit", "build_vocabulary", "--dates", "2024-01-01", *env)
+    here.core.faults.fail_driver("clean_events", exit_code=5)
+    here.core.faults.lose_answer("SubmitJob")
+    before = len(here.jobs)
+    backfill = ("backfill", "clean_events", "--from-date", FIRST, "--to-date", LAST, "--chunk-days", "1")
+    ask(*backfill, "--max-active-runs", "2", "--on", "dataproc", *env)
+    dates = Counter(job.labels["dt"] for job in here.jobs[before:])
+    assert len(dates) == 10, dates
+    assert set(dates.values()) == {1}, f"more than one job of a date: {dates}"
+    ask("submit", "clean_feeds", "--dates", f"2024-01-01:{LAST}", *env)
+    ask("submit", "--workflow", "daily", "--dates", DAY, *env)
+    ask("status", "--on", "dataproc", *env)
+    ask("status", "--content", "--config", str(here.file))
+    typer.echo(f"10 days, 10 jobs; one driver failed and one answer was lost. Tables: {here.lake}/tables")
+
+
+def ask(*args: str) -> None:
+    """One command as a person types it, shown; the demo ends where it fails."""
+    typer.echo(f"\n$ couponflow {' '.join(args)}")
+    done = subprocess.run([sys.executable, "-m", "couponflow.cli", *args], cwd=ROOT, check=False)
+    if done.returncode:
+        sys.exit(f"couponflow {args[0]} ended with {done.returncode}")
+
+
+if __name__ == "__main__":
+    main()
