@@ -21,8 +21,8 @@ from couponflow.cli import app
 from couponflow.lake import storage
 
 State = dp.JobStatus.State
-#: The command line as a terminal starts it: what a shell starts in the background ignores Ctrl-C, and so would
-#: all that it starts.
+#: The command line as a terminal starts it: what a shell starts in the background ignores Ctrl-C, and so
+#: would all that it starts.
 INTERRUPTIBLE = """
 import runpy, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
