@@ -17,7 +17,7 @@ from pyspark.sql import SparkSession
 from bench.run import Claim
 from couponflow import pipeline
 from couponflow.config import Config, load_config
-from couponflow.lake import tables
+from couponflow.lake import session, tables
 from tests import object_server
 
 CLAIMS = ("gs_run_vs_local",)
@@ -44,7 +44,7 @@ def measure(names: tuple[str, ...]) -> list[Claim]:
         sys.stderr.write(f"gs_overhead is not measured: {object_server.MISSING}\n")
         return []
     config = load_config(DEMO)
-    spark = tables.spark_session(config.spark, "bench")
+    spark = session.start(config.spark, "bench")
     ratios = []
     before = os.environ.get("STORAGE_EMULATOR_HOST")
     with tempfile.TemporaryDirectory() as folder, object_server.running(program, Path(folder)) as url:

@@ -21,7 +21,7 @@ from pyspark.sql import functions as F
 
 from bench import cpu, data
 from bench.run import Action, Claim, Direction, in_turns, median_ratio
-from couponflow.lake import layouts, tables
+from couponflow.lake import layouts, session, tables
 from couponflow.sections import EventsConfig, SparkConfig
 from couponflow.sequences import histories, robots, sessions
 
@@ -170,7 +170,7 @@ def in_1g(num_events: int) -> Claim:
 
 
 def _pass_in_1g(num_events: int) -> None:
-    spark = tables.spark_session(SparkConfig(driver_memory="1g"), "bench 1g")
+    spark = session.start(SparkConfig(driver_memory="1g"), "bench 1g")
     jvm = spark._jvm
     assert jvm is not None
     heap = jvm.java.lang.Runtime.getRuntime().maxMemory()
@@ -222,7 +222,7 @@ def measure(names: tuple[str, ...], num_events: int = NUM_EVENTS) -> list[Claim]
     """The claims asked for; one Spark session for all but the one with a heap of its own."""
     data.events(data.Size(num_events))
     claims = [in_1g(num_events)] if "history_1g" in names else []
-    spark = tables.spark_session(SparkConfig(), "bench")
+    spark = session.start(SparkConfig(), "bench")
     if ratios := tuple(name for name in CLAIMS[:4] if name in names):
         claims += against_rivals(spark, ratios, num_events)
     single: dict[str, Callable[[], Claim]] = {

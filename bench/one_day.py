@@ -25,7 +25,7 @@ from bench.run import Claim
 from couponflow.config import Config, load_config
 from couponflow.dates import DateRange
 from couponflow.entry import record_run
-from couponflow.lake import layouts, schemas, tables
+from couponflow.lake import layouts, schemas, session, tables
 from couponflow.pipeline import load_job
 from couponflow.sections import SparkConfig
 from couponflow.sequences import events as event_stage
@@ -115,7 +115,7 @@ def _go_back(spark: SparkSession, config: Config, versions: dict[str, int]) -> N
 def measure(names: tuple[str, ...], num_events: int = NUM_EVENTS) -> list[Claim]:
     """Full passes and one-day passes in turns; filling 33 days and a first one-day pass are the warm-up."""
     root = make_raw(num_events)
-    spark = tables.spark_session(SparkConfig(), "bench")
+    spark = session.start(SparkConfig(), "bench")
     daily = _lake(root, "daily")
     _pass(spark, daily, DateRange(FIRST, ALL.last))
     filled = _versions(spark, daily)

@@ -13,7 +13,7 @@ from bench.run import Claim
 from couponflow import pipeline
 from couponflow.config import Config, load_config
 from couponflow.entry import record_run
-from couponflow.lake import tables
+from couponflow.lake import session
 
 CLAIMS = (
     "raw_to_examples",
@@ -50,7 +50,7 @@ def measure(names: tuple[str, ...], num_users: int = NUM_USERS) -> list[Claim]:
     """One warm-up pass, one that counts."""
     config = make_config(num_users)
     rows = landed(config)
-    spark = tables.spark_session(config.spark, "bench")
+    spark = session.start(config.spark, "bench")
     stages = [stage for stage in pipeline.plan(config) if stage.job in _STAGES and not stage.campaign]
     seconds: dict[str, float] = {}
     for _ in range(2):

@@ -34,7 +34,7 @@ from bench.run import Action, Claim, in_turns, median_ratio
 from couponflow.campaign import scoring
 from couponflow.campaign.scores import shipping
 from couponflow.campaigning import ScoringConfig
-from couponflow.lake import layouts, tables
+from couponflow.lake import layouts, session
 from couponflow.sections import SparkConfig
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def measure(names: tuple[str, ...], num_users: int = USERS, runs: int = RUNS) ->
     """The Spark claims come from the same rounds."""
     claims = [many_targets(runs)] if "many_targets" in names else []
     if wanted := tuple(name for name in names if name != "many_targets"):
-        spark = tables.spark_session(SparkConfig(), "bench scoring")
+        spark = session.start(SparkConfig(), "bench scoring")
         with tempfile.TemporaryDirectory() as folder:
             claims += _in_spark(spark, Path(folder), wanted, num_users, runs)
     return claims

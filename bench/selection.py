@@ -14,7 +14,7 @@ from bench.run import Claim
 from couponflow.campaign import selection
 from couponflow.campaign.choice import allocation, options
 from couponflow.campaigning import CouponOption, SegmentLimit, SelectionConfig
-from couponflow.lake import tables
+from couponflow.lake import session
 from couponflow.sections import SparkConfig
 
 CLAIMS = ("selection_scaling", "selection_scaling_growth")
@@ -83,7 +83,7 @@ def check_within(
 
 def measure(names: tuple[str, ...], num_users: int = NUM_USERS) -> list[Claim]:
     """One choice each of a tenth of the users and of all, after one of a tenth to warm up."""
-    spark = tables.spark_session(SparkConfig(master="local[2]", driver_memory="2g"), "bench selection")
+    spark = session.start(SparkConfig(master="local[2]", driver_memory="2g"), "bench selection")
     seconds(spark, num_users // 10)
     small, _ = seconds(spark, num_users // 10)
     large, gap = seconds(spark, num_users)

@@ -3,7 +3,7 @@
 from pyspark.sql import SparkSession
 
 from couponflow.entry import ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
-from couponflow.lake import tables
+from couponflow.lake import session, tables
 from couponflow.sequences import conversions
 
 app = job_app(__doc__)
@@ -25,7 +25,7 @@ def run(spark: SparkSession, job: Run) -> None:
 def main(config: ConfigPath, dates: Dates, overrides: Overrides = None, log_json: LogJson = False) -> None:
     """Find the sends that converted in their window."""
     with open_run("attribute_conversions", config, overrides, dates, log_json=log_json) as job:
-        run(tables.spark_session(job.config.spark, f"attribute_conversions {dates}"), job)
+        run(session.start(job.config.spark, f"attribute_conversions {dates}"), job)
 
 
 if __name__ == "__main__":

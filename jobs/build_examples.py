@@ -7,7 +7,7 @@ Safe to rerun.
 from pyspark.sql import SparkSession
 
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
-from couponflow.lake import tables
+from couponflow.lake import session, tables
 from couponflow.sequences import datasets, examples, labels
 from couponflow.training import manifests
 
@@ -53,7 +53,7 @@ def main(
 ) -> None:
     """Build examples for training, or for scoring one campaign."""
     with open_run("build_examples", config, overrides, dates, campaign, log_json=log_json) as job:
-        run(tables.spark_session(job.config.spark, f"build_examples {dates}"), job)
+        run(session.start(job.config.spark, f"build_examples {dates}"), job)
 
 
 if __name__ == "__main__":

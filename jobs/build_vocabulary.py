@@ -6,7 +6,7 @@ With vocabulary.extend the version before keeps its ids and the range's new valu
 from pyspark.sql import SparkSession
 
 from couponflow.entry import ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
-from couponflow.lake import tables
+from couponflow.lake import session, tables
 from couponflow.sequences import vocabulary
 
 app = job_app(__doc__)
@@ -31,7 +31,7 @@ def run(spark: SparkSession, job: Run) -> None:
 def main(config: ConfigPath, dates: Dates, overrides: Overrides = None, log_json: LogJson = False) -> None:
     """Build a vocabulary from events."""
     with open_run("build_vocabulary", config, overrides, dates, log_json=log_json) as job:
-        run(tables.spark_session(job.config.spark, f"build_vocabulary {dates}"), job)
+        run(session.start(job.config.spark, f"build_vocabulary {dates}"), job)
 
 
 if __name__ == "__main__":

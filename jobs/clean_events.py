@@ -3,7 +3,7 @@
 from pyspark.sql import SparkSession
 
 from couponflow.entry import ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
-from couponflow.lake import erased, tables
+from couponflow.lake import erased, session, tables
 from couponflow.sequences import events, feeds, identity, robots
 
 app = job_app(__doc__)
@@ -36,7 +36,7 @@ def run(spark: SparkSession, job: Run) -> None:
 def main(config: ConfigPath, dates: Dates, overrides: Overrides = None, log_json: LogJson = False) -> None:
     """Validate and de-duplicate delivered events."""
     with open_run("clean_events", config, overrides, dates, log_json=log_json) as job:
-        run(tables.spark_session(job.config.spark, f"clean_events {dates}"), job)
+        run(session.start(job.config.spark, f"clean_events {dates}"), job)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pyspark.sql import SparkSession
 from couponflow import erasing
 from couponflow.cloud import bigquery
 from couponflow.entry import ConfigPath, LogJson, Overrides, Run, job_app, open_run, today
-from couponflow.lake import storage, tables
+from couponflow.lake import session, storage
 
 app = job_app(__doc__)
 
@@ -37,7 +37,7 @@ def main(
     """Erase the person whose raw id an object holds."""
     with open_run("erase_user", config, overrides, today(), log_json=log_json) as job:
         raw_id = storage.read_bytes(user_file).decode().strip()
-        run(tables.spark_session(job.config.spark, "erase_user"), job, raw_id, dry_run)
+        run(session.start(job.config.spark, "erase_user"), job, raw_id, dry_run)
 
 
 if __name__ == "__main__":

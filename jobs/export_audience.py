@@ -5,7 +5,7 @@ from pyspark.sql import SparkSession
 from couponflow.campaign import export, predictions
 from couponflow.cloud import bigquery
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run, today
-from couponflow.lake import tables
+from couponflow.lake import session, tables
 
 app = job_app(__doc__)
 
@@ -53,7 +53,7 @@ def main(
 ) -> None:
     """Hand the list of a campaign over."""
     with open_run("export_audience", config, overrides, dates, campaign, log_json=log_json) as job:
-        run(tables.spark_session(job.config.spark, f"export_audience {dates}"), job)
+        run(session.start(job.config.spark, f"export_audience {dates}"), job)
 
 
 if __name__ == "__main__":

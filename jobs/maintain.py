@@ -7,7 +7,7 @@ from pyspark.sql import SparkSession
 
 from couponflow import maintenance
 from couponflow.entry import ConfigPath, LogJson, Overrides, Run, job_app, open_run, today
-from couponflow.lake import tables
+from couponflow.lake import session
 
 app = job_app(__doc__)
 
@@ -45,7 +45,7 @@ def main(
 ) -> None:
     """Keep the tables small and fast; without a choice both parts are done."""
     with open_run("migrate" if migrate else "maintain", config, overrides, today(), log_json=log_json) as job:
-        spark = tables.spark_session(job.config.spark, "maintain")
+        spark = session.start(job.config.spark, "maintain")
         run(spark, job, vacuum or not optimize, optimize or not vacuum, dry_run, migrate)
 
 

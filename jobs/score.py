@@ -7,7 +7,7 @@ from pyspark.sql import SparkSession
 
 from couponflow.campaign import eligibility, publication
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Model, Overrides, Run, job_app, open_run
-from couponflow.lake import tables
+from couponflow.lake import session, tables
 from couponflow.training import registry
 
 app = job_app(__doc__)
@@ -45,7 +45,7 @@ def main(
 ) -> None:
     """Score all users for a campaign."""
     with open_run("score", config, overrides, dates, campaign, model, log_json=log_json) as job:
-        run(tables.spark_session(job.config.spark, f"score {dates}"), job)
+        run(session.start(job.config.spark, f"score {dates}"), job)
 
 
 if __name__ == "__main__":

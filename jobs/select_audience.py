@@ -4,7 +4,7 @@ from pyspark.sql import SparkSession
 
 from couponflow.campaign import candidates, contact_rules, export, ledger, reach
 from couponflow.entry import Campaign, ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
-from couponflow.lake import tables
+from couponflow.lake import session, tables
 
 app = job_app(__doc__)
 
@@ -33,7 +33,7 @@ def main(
 ) -> None:
     """Choose who gets the coupon of a campaign."""
     with open_run("select_audience", config, overrides, dates, campaign, log_json=log_json) as job:
-        run(tables.spark_session(job.config.spark, f"select_audience {dates}"), job)
+        run(session.start(job.config.spark, f"select_audience {dates}"), job)
 
 
 if __name__ == "__main__":

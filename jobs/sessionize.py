@@ -3,7 +3,7 @@
 from pyspark.sql import SparkSession
 
 from couponflow.entry import ConfigPath, Dates, LogJson, Overrides, Run, job_app, open_run
-from couponflow.lake import tables
+from couponflow.lake import session, tables
 from couponflow.sequences import events, sessions
 
 app = job_app(__doc__)
@@ -26,7 +26,7 @@ def run(spark: SparkSession, job: Run) -> None:
 def main(config: ConfigPath, dates: Dates, overrides: Overrides = None, log_json: LogJson = False) -> None:
     """Add sessions to events."""
     with open_run("sessionize", config, overrides, dates, log_json=log_json) as job:
-        run(tables.spark_session(job.config.spark, f"sessionize {dates}"), job)
+        run(session.start(job.config.spark, f"sessionize {dates}"), job)
 
 
 if __name__ == "__main__":

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     """The one local Spark session: UTC, Delta; hundreds of tests share its heap."""
-    from couponflow.lake import tables
+    from couponflow.lake import session
     from couponflow.sections import SparkConfig
 
-    session = tables.spark_session(SparkConfig(driver_memory="6g", shuffle_partitions=2), "tests")
+    made = session.start(SparkConfig(driver_memory="6g", shuffle_partitions=2), "tests")
     # Small data and thousands of plans: to compile each of them, or to plan it anew after each of its
     # shuffles, would take longer than to run it. The end-to-end tests run the jobs as they are.
-    session.conf.set("spark.sql.adaptive.enabled", "false")
-    session.conf.set("spark.sql.codegen.wholeStage", "false")
-    session.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
-    yield session
-    session.stop()
+    made.conf.set("spark.sql.adaptive.enabled", "false")
+    made.conf.set("spark.sql.codegen.wholeStage", "false")
+    made.conf.set("spark.sql.codegen.factoryMode", "NO_CODEGEN")
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="module")

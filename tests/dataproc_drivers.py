@@ -48,3 +48,9 @@ def make_job(main: str = "gs://code/a.py", exit_code: int = 0, **over: Any) -> d
         "pyspark_job": {"main_python_file_uri": main, "args": [str(exit_code)]},
     }
     return job | over
+
+
+def make_cluster(clusters: Any) -> str:
+    """The name of a cluster that runs, made through a client."""
+    operation = clusters.create_cluster(cluster={"cluster_name": "etl"}, **PLACE)
+    return str(operation.result(polling=POLLING).cluster_name)

@@ -14,11 +14,10 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
-import pyspark
 import typer
-from dataproc_world import World, world
+from dataproc_world import State, World, world
 from deploy_files import ROOT
-from object_server import MISSING, find_server, running
+from object_server import MISSING, SMALL_SHOP, find_server, running
 from spark_runner import SparkRunner
 
 FIRST, LAST = "2024-01-02", "2024-01-11"  # the ten days of the backfill
@@ -29,34 +28,6 @@ SETTINGS = {
     "spark.databricks.delta.snapshotPartitions": "2",
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
 }
-SHOP = """
-[source]
-name = "synthetic"
-num_users = 120
-[world]
-rate = 0.6
-campaign_first_day = 3
-campaign_every_days = 7
-has_day_truth = false
-[events]
-pseudonymise = false
-[conversions]
-source = "redemptions"
-window = "campaign"
-[vocabulary]
-max_oov_share = 1.0
-[examples]
-history_length = 20
-train_start = "2024-01-04"
-valid_start = "2024-01-11"
-test_start = "2024-01-18"
-[run]
-first_date = "2024-01-01"
-last_date = "2024-01-25"
-first_as_of = "2024-01-01"
-campaign_id = "3"
-run_date = "2024-01-18"
-"""
 
 
 def main() -> None:
@@ -64,15 +35,14 @@ def main() -> None:
     program = find_server()
     if program is None:
         sys.exit(MISSING)
-    connector = next((Path(pyspark.__file__).parent / "jars").glob("gcs-connector-*-shaded.jar"), None)
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="couponflow-demo-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         url = stack.enter_context(running(program, folder))
         os.environ["STORAGE_EMULATOR_HOST"] = url  # the storage library's own switch
-        runner = SparkRunner(folder / "drivers", url, connector=connector, settings=SETTINGS)
+        runner = SparkRunner(folder / "drivers", url, settings=SETTINGS)
         here = stack.enter_context(world(folder, "rest", runner))
-        here.file.write_text(here.file.read_text(encoding="utf-8") + SHOP, encoding="utf-8")
+        here.file.write_text(here.file.read_text(encoding="utf-8") + SMALL_SHOP, encoding="utf-8")
         play(here)
 
 
@@ -87,9 +57,14 @@ def play(here: World) -> None:
     before = len(here.jobs)
     backfill = ("backfill", "clean_events", "--from-date", FIRST, "--to-date", LAST, "--chunk-days", "1")
     ask(*backfill, "--max-active-runs", "2", "--on", "dataproc", *env)
-    dates = Counter(job.labels["dt"] for job in here.jobs[before:])
+    jobs = here.jobs[before:]
+    dates = Counter(job.labels["dt"] for job in jobs)
     assert len(dates) == 10, dates
     assert set(dates.values()) == {1}, f"more than one job of a date: {dates}"
+    assert {job.status.state for job in jobs} == {State.DONE}
+    states = [status.state for job in jobs for status in job.status_history]
+    assert states.count(State.ATTEMPT_FAILURE) == 1, "the failure of a driver was not met"
+    assert not here.core.faults.lost["SubmitJob"], "no answer was lost"
     ask("submit", "clean_feeds", "--dates", f"2024-01-01:{LAST}", *env)
     ask("submit", "--workflow", "daily", "--dates", DAY, *env)
     ask("status", "--on", "dataproc", *env)

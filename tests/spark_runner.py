@@ -15,17 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-#: Settings of Spark's connector for a local object server. Direct uploads: the server ignores preconditions
-#: of resumable ones, on which a commit of Delta relies.
-GS_SETTINGS = {
-    "spark.hadoop.fs.gs.impl": "com.google.cloud.hadoop.fs.gcs.GoogleHadoopFileSystem",
-    "spark.hadoop.fs.AbstractFileSystem.gs.impl": "com.google.cloud.hadoop.fs.gcs.GoogleHadoopFS",
-    "spark.hadoop.fs.gs.project.id": "test",
-    "spark.hadoop.fs.gs.auth.service.account.enable": "false",
-    "spark.hadoop.fs.gs.auth.null.enable": "true",
-    "spark.hadoop.fs.gs.outputstream.direct.upload.enable": "true",
-    "spark.delta.logStore.gs.impl": "io.delta.storage.GCSLogStore",
-}
+from couponflow.lake import connector as gs
+
 #: What a job may ask of a cluster and one machine without GPUs cannot give.
 CLUSTER_ONLY = (
     "spark.executor.resource.",
@@ -192,7 +183,7 @@ class SparkRunner:
     def _settings(self) -> dict[str, str]:
         made = {"spark.ui.enabled": "false", "spark.driver.memory": "1g", "spark.log.level": "WARN"}
         if self.connector is not None:
-            made |= GS_SETTINGS | {"spark.hadoop.fs.gs.storage.root.url": f"{self.store_url}/"}
+            made |= gs.settings(False, self.store_url)
             if self.connector.parent != _spark_home() / "jars":  # those are on the class path already
                 made["spark.jars"] = str(self.connector)
         return made

@@ -40,9 +40,9 @@ class LazySpark:
     def __call__(self) -> Any:
         """The session; starts it the first time."""
         if self._session is None:
-            from couponflow.lake import tables
+            from couponflow.lake import session
 
-            self._session = tables.spark_session(self._config.spark, "couponflow")
+            self._session = session.start(self._config.spark, "couponflow")
         return self._session
 
     def peek(self) -> Any:

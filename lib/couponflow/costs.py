@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from couponflow.cloud import prices
+from couponflow import prices
 from couponflow.clouding import CloudConfig
 from couponflow.config import Config
 from couponflow.lake import metering

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from couponflow.commands import DryRun, errors_as_exit_codes
 from couponflow.dates import DateRange
 from couponflow.entry import Campaign, Dates, Model
 from couponflow.errors import ConfigError
+from couponflow.lake import runs
 
 Env = Annotated[
     str,
@@ -166,7 +166,7 @@ def run_backfill(
     from couponflow.cloud import preflight
 
     deployment = preflight.deployment(env)
-    started = datetime.now(UTC)
+    started = runs.utc_now()
     planned = backfill_plan.plan(deployment.config, name, dates, reprocess)
     console.show_backfill(f"Backfill of {name} {dates} on Dataproc", planned)
     _show_estimates(remote_backfill.estimates(deployment, planned), deployment.cloud.prices.currency)

@@ -28,12 +28,12 @@ import sys, time
 from datetime import date
 from couponflow.dates import DateRange
 from couponflow.errors import CouponflowError
-from couponflow.lake import storage, tables
+from couponflow.lake import session, storage, tables
 from couponflow.sections import SparkConfig
 from builders import D0, make_frame, make_row
 
 root, name, races = sys.argv[1], sys.argv[2], int(sys.argv[3])
-spark = tables.spark_session(SparkConfig(master="local[1]", shuffle_partitions=1), name)
+spark = session.start(SparkConfig(master="local[1]", shuffle_partitions=1), name)
 day = DateRange.day(D0)
 code = 0
 for number in range(races):

@@ -43,12 +43,12 @@ CHILD = """
 import sys
 from datetime import date
 from couponflow.dates import DateRange
-from couponflow.lake import tables
+from couponflow.lake import session, tables
 from couponflow.sections import SparkConfig
 from builders import make_event, make_frame
 
 root, kind = sys.argv[1:]
-spark = tables.spark_session(SparkConfig(), "lost-ack")
+spark = session.start(SparkConfig(), "lost-ack")
 day = DateRange.day(date(2024, 1, 10))
 tables.overwrite(make_frame(spark, "events", [make_event("before")]), root, "events", day, "run-1")
 jvm = spark._jvm

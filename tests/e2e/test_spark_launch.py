@@ -18,7 +18,7 @@ from training_jobs import SECONDS, curves, run_job, survivors, trained
 from training_lake import make_lake
 
 from couponflow.errors import CouponflowError, DataError
-from couponflow.lake import runs, tables
+from couponflow.lake import runs, session
 from couponflow.sections import SparkConfig
 from couponflow.training import spark_launch
 from couponflow.training.workers import Workers
@@ -149,7 +149,7 @@ def rank(uri: str, place: str) -> None:
 
 def application(folder: Path) -> dict[str, Any]:
     """Start ranks that succeed, ranks of which one hangs or fails, and more than there are slots."""
-    spark = tables.spark_session(SparkConfig(master=MASTER, driver_memory="1g"), "ranks")
+    spark = session.start(SparkConfig(master=MASTER, driver_memory="1g"), "ranks")
     target, uri = f"{Path(__file__).stem}:rank", str(folder)
     spark_launch.run(spark, 2, target, (uri, ""), uri, 240)
     found: dict[str, Any] = {"ranks": json.loads((folder / "ranks.json").read_text())}

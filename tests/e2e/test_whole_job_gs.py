@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_server import make_bucket, reaching
+from object_server import SMALL_SHOP, make_bucket, reaching
 from pyspark.sql import SparkSession
 
 from couponflow import pipeline
@@ -22,29 +22,6 @@ CONFIG = """
 [lake]
 root_uri = "{root}/lake"
 time_zone = "America/New_York"
-[source]
-name = "synthetic"
-num_users = 150
-[world]
-rate = 0.6
-recency = 1.0
-campaign_first_day = 3
-campaign_every_days = 7
-late_share = 0.0
-retry_share = 0.0
-has_day_truth = false
-[events]
-pseudonymise = false
-[conversions]
-source = "redemptions"
-window = "campaign"
-[vocabulary]
-max_oov_share = 1.0
-[examples]
-history_length = 20
-train_start = "2024-01-04"
-valid_start = "2024-01-11"
-test_start = "2024-01-18"
 [model]
 hidden_dim = 8
 [training]
@@ -59,12 +36,6 @@ control_share = 0.1
 [export]
 target_uri = "{root}/export"
 auto_approve = true
-[run]
-first_date = "2024-01-01"
-last_date = "2024-01-25"
-first_as_of = "2024-01-01"
-campaign_id = "3"
-run_date = "2024-01-18"
 """
 
 
@@ -73,7 +44,7 @@ class Shop:
 
     def __init__(self, root: str, folder: Path, spark: SparkSession) -> None:
         path = folder / "config.toml"
-        path.write_text(CONFIG.format(root=root))
+        path.write_text(CONFIG.format(root=root) + SMALL_SHOP)
         self.root, self.spark, self.config = root, spark, load_config(path)
         self.outcomes = self.execute()
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from couponflow.campaign.readouts import intervals, settled
 from couponflow.cli import app
-from couponflow.lake import storage, tables
+from couponflow.lake import session, storage, tables
 
 V, MODEL = "2024-01-10-dien-0123456789ab-abcdef", "dien-0123456789ab"
 LAST = D0 + timedelta(days=5)  # three days of window and two of returns, from 08:00 of the 10th
@@ -107,7 +107,7 @@ def world() -> dict[str, list[dict[str, Any]]]:
 @pytest.fixture
 def told(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run the command on frames in place of tables; gives exit code and what it printed."""
-    monkeypatch.setattr(tables, "spark_session", lambda *_: spark)
+    monkeypatch.setattr(session, "start", lambda *_: spark)
     rules = ["conversions.label_days=3", "conversions.return_days=2", "selection.margin_amount=5.0"]
     base = ["--set", f"lake.root_uri={str(tmp_path / 'lake')!r}"]
     base += [part for rule in rules for part in ("--set", rule)]

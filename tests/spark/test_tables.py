@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 from couponflow import pipeline
 from couponflow.dates import DateRange
 from couponflow.errors import CommitConflictError, ConfigError, ConflictError, DataError
-from couponflow.lake import schemas, tables
+from couponflow.lake import schemas, session, tables
 from couponflow.sections import SparkConfig
 
 TWO_DAYS = DateRange(D0, D0 + timedelta(days=2))
@@ -180,8 +180,8 @@ def test_a_cluster_keeps_its_own_settings(monkeypatch: pytest.MonkeyPatch, is_su
     monkeypatch.delenv("PYSPARK_GATEWAY_PORT", raising=False)
     if is_submitted:
         monkeypatch.setenv("PYSPARK_GATEWAY_PORT", "40000")
-    monkeypatch.setattr(tables, "SparkSession", Builder())
-    made: Any = tables.spark_session(SparkConfig(master="local[3]", shuffle_partitions=5), "x")
+    monkeypatch.setattr(session, "SparkSession", Builder())
+    made: Any = session.start(SparkConfig(master="local[3]", shuffle_partitions=5), "x")
     ours = {"master", "spark.driver.memory", "spark.sql.shuffle.partitions", "level"}
     assert ours & set(made.settings) == (set() if is_submitted else ours)
     assert made.settings["spark.sql.session.timeZone"] == "UTC"

@@ -6,8 +6,7 @@ import sys
 import pytest
 from deploy_files import DEPLOY
 
-from couponflow import costs
-from couponflow.cloud import prices
+from couponflow import costs, prices
 from couponflow.clouding import CloudConfig
 from couponflow.config import Config, load_config
 from couponflow.errors import ConfigError

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import requests
-from dataproc_drivers import PARENT, PLACE, POLLING, Drivers, make_job
+from dataproc_drivers import PARENT, PLACE, POLLING, Drivers, make_cluster, make_job
 from dataproc_server import Server, serving
 from google.api_core import exceptions
 from google.auth.exceptions import InvalidOperation
@@ -48,10 +48,7 @@ def jobs(connect: Callable[[Any], Any]) -> Any:
 
 @pytest.fixture
 def cluster(connect: Callable[[Any], Any]) -> str:
-    """A cluster that runs."""
-    clusters = connect(dp.ClusterControllerClient)
-    operation = clusters.create_cluster(cluster={"cluster_name": "etl"}, **PLACE)
-    return str(operation.result(polling=POLLING).cluster_name)
+    return make_cluster(connect(dp.ClusterControllerClient))
 
 
 def submit(jobs: Any, job: dict[str, Any], request_id: str = "") -> Any:

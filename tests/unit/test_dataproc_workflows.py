@@ -5,7 +5,7 @@ from typing import Any
 
 import deploy_files
 import pytest
-from dataproc_drivers import PARENT, PLACE, POLLING, Drivers
+from dataproc_drivers import PARENT, PLACE, POLLING, Drivers, make_cluster
 from dataproc_messages import parsed
 from dataproc_server import Server, serving
 from google.api_core import exceptions
@@ -37,10 +37,7 @@ def jobs(connect: Callable[[Any], Any]) -> Any:
 
 @pytest.fixture
 def cluster(connect: Callable[[Any], Any]) -> str:
-    """A cluster that runs."""
-    clusters = connect(dp.ClusterControllerClient)
-    operation = clusters.create_cluster(cluster={"cluster_name": "etl"}, **PLACE)
-    return str(operation.result(polling=POLLING).cluster_name)
+    return make_cluster(connect(dp.ClusterControllerClient))
 
 
 def make_template(**over: Any) -> Any:

@@ -24,8 +24,7 @@ LAYERS = {
     "mappings": 3,
     "modelling": 3,
     "config": 4,
-    # Arithmetic on the config; what runs costs is asked far below whatever talks to the cloud.
-    "cloud.prices": 4,
+    "prices": 4,
     "lake": 5,
     "scopes": 6,
     "campaign_file": 6,
@@ -81,6 +80,7 @@ AT_TOP = {
     "explanations": {"typer"},
     "campaign_commands": {"typer"},
     "lake.tables": {"pyspark", "delta", "py4j"},
+    "lake.session": {"pyspark"},
     "lake.literals": {"pyspark"},
     "lake.failures": {"pyspark", "py4j"},
     "lake.erasure": {"pyspark", "py4j"},

@@ -32,16 +32,17 @@ def test_the_rules_give_the_ranges_of_any_later_day(tmp_path: Path, override: st
     # As far behind the first dates as a label window reaches.
     first = max(config.run.last_date, config.examples.test_start) + timedelta(days=430)
     for day in (first + timedelta(days=draw.randrange(1_500)) for _ in range(20)):
-        for workflow, by_name in run_dates.ranges(config, day).items():
-            for name, dates in by_name.items():
-                start, last = (applied(bound, day) for bound in rules[workflow][name])
-                assert DateRange(start, last + timedelta(days=1)) == dates
+        for workflow, by_name in rules.items():
+            dates = run_dates.ranges(config, workflow, DateRange.day(day))
+            for name, bounds in by_name.items():
+                start, last = (applied(bound, day) for bound in bounds)
+                assert DateRange(start, last + timedelta(days=1)) == dates[name]
 
 
 def test_a_delivery_reaches_what_a_backfill_of_it_runs(tmp_path: Path) -> None:
     config = test_config(tmp_path)
     day = config.run.last_date
-    daily = run_dates.ranges(config, day)["daily"]
+    daily = run_dates.ranges(config, "daily", DateRange.day(day))
     planned = backfill_plan.plan(config, "all", DateRange.day(day))
     by_job = {part.job: part.dates for part in planned.parts}
     assert daily["EVENT_DATES"] == by_job["sessionize"] == scopes.touched_dates(DateRange.day(day), config)

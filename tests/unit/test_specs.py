@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from couponflow.cli import app
 from couponflow.cloud import specs
-from couponflow.cloud.prices import hourly_price
 from couponflow.cloud.rendering import Place, fill, parse
 from couponflow.clouding import CloudConfig
 from couponflow.config import load_config
 from couponflow.errors import ConfigError
+from couponflow.prices import hourly_price
 
 GOLDEN = ROOT / "tests" / "golden" / "deploy-dev.json"
 PLACE = Place("spec.yaml")

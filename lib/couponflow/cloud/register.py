@@ -7,14 +7,14 @@ record says more than the service; where the lake may not be read, the service's
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 from couponflow.cloud.dataproc import Dataproc, Job
 from couponflow.cloud.preflight import Deployment
-from couponflow.cloud.prices import hourly_price
 from couponflow.cloud.requests import argument
 from couponflow.errors import InfraError
 from couponflow.lake import runs
+from couponflow.prices import hourly_price
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def rows(dataproc: Dataproc, deployment: Deployment, stage: str = "") -> list[Ro
     jobs = dataproc.jobs(labels | ({"stage": stage} if stage else {}))
     prices = hourly_amounts(deployment)
     records = _records(deployment, stage) if jobs else []
-    now = datetime.now(UTC)
-    return [_row(job, deployment, prices, _record_of(job, records), now) for job in jobs]
+    now = runs.utc_now()
+    return [_row(job, deployment, prices, _record_of(job, records, now), now) for job in jobs]
 
 
 def hourly_amounts(deployment: Deployment) -> dict[str, float]:
@@ -61,14 +61,14 @@ def _records(deployment: Deployment, stage: str) -> list[runs.RunRecord]:
         return []
 
 
-def _record_of(job: Job, records: list[runs.RunRecord]) -> runs.RunRecord | None:
+def _record_of(job: Job, records: list[runs.RunRecord], now: datetime) -> runs.RunRecord | None:
     """The newest record of a job: by its key, or of a workflow's job, which has none, by what and when."""
     key = argument(job.args, "--attempt-key")
     if key:
         own = [record for record in records if record.attempt_key == key]
         return own[-1] if own else None
     named = {"campaign": argument(job.args, "--campaign"), "model": argument(job.args, "--model")}
-    until = job.ended or datetime.now(UTC)
+    until = job.ended or now
     same = [
         record
         for record in records

@@ -14,11 +14,11 @@ from typing import Any
 
 from couponflow.cloud import spec_rules, spec_shape
 from couponflow.cloud.cluster_rules import seconds
-from couponflow.cloud.prices import HourlyPrice, hourly_price
 from couponflow.cloud.rendering import Finding, Place, fill, parse, read_text
 from couponflow.clouding import CloudConfig
 from couponflow.config import Config, load_config
 from couponflow.errors import ConfigError
+from couponflow.prices import HourlyPrice, hourly_price
 
 DEPLOY = Path("deploy")
 _RELEASE = re.compile(r"[a-z0-9]{7,40}", re.ASCII)

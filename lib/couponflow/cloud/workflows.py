@@ -9,9 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from couponflow import scopes
-from couponflow.backfill_plan import reached_sends
-from couponflow.cloud import spec_shape
+from couponflow.cloud import run_dates, spec_shape
 from couponflow.cloud.requests import Tree, checked, derived_id
 from couponflow.cloud.specs import Spec
 from couponflow.clouding import CloudConfig
@@ -43,27 +41,10 @@ def request_id(name: str, dates: DateRange, release: str, campaign: str = "", at
 
 
 def values(config: Config, name: str, dates: DateRange, run: str, campaign: str = "") -> dict[str, str]:
-    """The value of every parameter that a template may declare, for ingest dates, or a run date.
-
-    A delivery reaches the event dates of its lateness, and the sends whose windows it can still prove; the
-    training rows that it changes end with it. A training takes the config's splits, the test rows up to the
-    run date.
-    """
-    examples, sends = config.examples, reached_sends(config, dates)
-    fitting = DateRange(examples.train_start, examples.test_start)
-    made = {
-        "RUN_DATE": str(dates.last),
-        "RUN_ID": run,
-        "INGEST_DATES": str(dates),
-        "EVENT_DATES": str(scopes.touched_dates(dates, config)),
-        "SEND_DATES": str(sends),
-        "AS_OF_DATES": str(fitting if name == "train" else DateRange(sends.start, dates.end)),
-    }
-    if campaign:
-        made["CAMPAIGN_ID"] = campaign
-    if dates.end > examples.test_start:
-        made["TEST_DATES"] = str(DateRange(examples.test_start, dates.end))
-    return made
+    """The value of every parameter that a template may declare, for ingest dates, or a run date."""
+    found = {parameter: str(held) for parameter, held in run_dates.ranges(config, name, dates).items()}
+    found |= {"RUN_DATE": str(dates.last), "RUN_ID": run}
+    return found | ({"CAMPAIGN_ID": campaign} if campaign else {})
 
 
 def bound(tree: Tree, given: Mapping[str, str]) -> Tree:

@@ -106,7 +106,7 @@ def run_rank(folder: Path, kind: str) -> None:
 
 def _train_on_spark(config: Config, kind: str, run_id: str, folder: Path) -> None:
     """Train on ranks that know the lake only, and bring what they leave there into ``folder``."""
-    from couponflow.lake import tables
+    from couponflow.lake import session
     from couponflow.training import spark_launch
 
     root_uri = storage.spark_uri(config.lake.root_uri)  # ranks have other working folders
@@ -116,7 +116,7 @@ def _train_on_spark(config: Config, kind: str, run_id: str, folder: Path) -> Non
     storage.create(storage.join(uri, _CONFIG), content, run_id)
     training = config.training
     spark_launch.run(
-        tables.spark_session(config.spark, "train"),
+        session.start(config.spark, "train"),
         training.num_ranks,
         f"{__name__}:{run_lake_rank.__name__}",
         (uri, kind, run_id),

@@ -9,7 +9,6 @@ import gc
 import json
 import logging
 import re
-import time
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -20,7 +19,7 @@ from couponflow.errors import (
     DataError,
     InfraError,
 )
-from couponflow.lake import storage
+from couponflow.lake import runs, storage
 from couponflow.training.watchdog import DONE, Beat
 from couponflow.training.workers import Workers
 
@@ -48,7 +47,7 @@ def guard(uri: str, workers: Workers, work: Callable[[Workers], None]) -> None:
         workers.beat(DONE)
     except Exception as error:
         ours = error if isinstance(error, CouponflowError) else _foreign(error, uri, workers.rank)
-        note = {"class": type(ours).__name__, "message": str(ours), "time": time.time()}
+        note = {"class": type(ours).__name__, "message": str(ours), "time": runs.utc_now().timestamp()}
         _leave(uri, f"error-{workers.rank}.json", json.dumps(note))
         raise SystemExit(ours.exit_code) from error
 
