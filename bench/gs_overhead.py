@@ -12,15 +12,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import object_server
 from pyspark.sql import SparkSession
 
 from bench.run import Claim
 from couponflow import pipeline
 from couponflow.config import Config, load_config
 from couponflow.lake import session, tables
-from tests import object_server
 
-CLAIMS = ("gs_run_vs_local",)
+CLAIMS = ("gs_overhead",)
 NUM_USERS, RUNS = 400, 2
 DEMO = Path(__file__).parents[1] / "deploy" / "env" / "demo.toml"
 

@@ -154,6 +154,7 @@ def store(claims: list[Claim]) -> None:
 def main(names: list[str]) -> int:
     """Run the named benchmarks or claims, or all; returns 1 when a claim does not hold."""
     console = Console()
+    sys.path.append(str(FOLDER.parent / "tests"))  # the stand-ins of the cloud's services
     claims: list[Claim] = []
     for module, wanted in chosen(names).items():
         start = time.perf_counter()

@@ -51,6 +51,8 @@ CLAIMS = (
 USERS, FEW, STEPS, MEAN_LENGTH, RUNS = 20_000, 400, 100, 21, 5
 #: Users at once: the product's default, and the fastest of 512, 1,024 and 2,048 for plain torch.
 CHUNK, PLAIN_CHUNK = ScoringConfig().chunk_rows, 1_024
+#: As many as the score job makes of these users.
+TASKS = -(-USERS // ScoringConfig().arrow_batch_rows)
 MANY_USERS, TARGETS = 500, 50
 DAY = date(2024, 1, 1)
 SIZES = {"item": 100_002, "category": 1_002, "shop": 52, "event_type": 9}
@@ -153,7 +155,7 @@ def udf_scores(examples: DataFrame, shipped: shipping.ShippedBundle, score: Scor
 
 def ours(examples: DataFrame, shipped: shipping.ShippedBundle) -> DataFrame:
     """What the score job computes."""
-    return scoring.score_users(examples, shipped, ["0"], DAY, CHUNK).select("user_id", "score")
+    return scoring.score_users(examples, shipped, ["0"], DAY, CHUNK, TASKS).select("user_id", "score")
 
 
 def ceiling(folder: Path) -> list["subprocess.Popen[str]"]:

@@ -94,12 +94,11 @@ def submit(
         from couponflow.cloud.requests import Work
 
         deployment = preflight.deployment(env)
+        asked = _Asked(env, wait, cancel_on_interrupt, dry_run)
         if workflow:
-            asked = _Asked(env, wait, cancel_on_interrupt, dry_run)
             _submit_workflow(deployment, workflow, dates, campaign, attempt, asked)
         else:
-            work = Work(name, dates, campaign, model, attempt)
-            _submit_job(deployment, work, cluster, _Asked(env, wait, cancel_on_interrupt, dry_run))
+            _submit_job(deployment, Work(name, dates, campaign, model, attempt), cluster, asked)
 
 
 def cancel(

@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -51,6 +52,13 @@ def direct(bundle: Bundle, users: list[Packed], campaign: str) -> dict[str, tupl
             float(bundle.probabilities(logit, tabular.campaign_types(np.frombuffer(wide, "<f4")[None]))[0]),
         )
     return found
+
+
+def scores_in_order(bundle: Bundle, users: list[Packed]) -> tuple[float, ...]:
+    """The users' scores, by id, as one batch of this order."""
+    (rows,) = pa.Table.from_pylist(users).to_batches()
+    found = scoring.score_rows(bundle, rows, ["18"], D0).to_pylist()
+    return tuple(row["score"] for row in sorted(found, key=lambda row: str(row["user_id"])))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +117,25 @@ def test_spark_scores_equal_direct_scores(
         total_loads += facts["bundle_loads"]
         assert not list((tmp_path / "lake").rglob("*.parquet"))  # published: the parts are gone
     assert total_loads >= 1
+
+
+def test_the_same_users_get_the_same_bits_however_they_are_stored(
+    spark: SparkSession, bundle: Bundle, folder: Path
+) -> None:
+    """Rows beside a user change his last bits: the orders tried are those that do so on this processor."""
+    users = packed_users(40)
+    orders = {scores_in_order(bundle, users): users}
+    for seed in range(300):
+        shuffled = random.Random(seed).sample(users, len(users))
+        orders.setdefault(scores_in_order(bundle, shuffled), shuffled)
+    tried = list(orders.values())[:4]
+    tried += [users[::-1]] * (len(tried) == 1)
+    shipped, hashes = shipping.ship_bundle(spark, folder), set()
+    for order in tried:
+        rows = examples_frame(spark, order).coalesce(1)
+        scored = scoring.score_users(rows, shipped, ["18"], D0, 512, 1)
+        hashes.add(tables.content_hash(scored.select("user_id", "score")))
+    assert len(hashes) == 1
 
 
 def test_other_targets_of_a_campaign_are_scored_for_all_or_refused(

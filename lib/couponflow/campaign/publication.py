@@ -147,6 +147,7 @@ def _score_parts(
     """Write every part that is not there yet; returns where they lie, and their number."""
     section = request.section
     num_parts = max(1, -(-num_users // section.part_users))
+    num_tasks = max(1, -(-num_users // (num_parts * section.arrow_batch_rows)))
     targets = ",".join(request.target_ids)
     examined = f"{request.run_date} {request.data_version} {shipped.sha256} {num_parts}"
     asked = f"{request.campaign_id} {targets} {examined}"
@@ -160,7 +161,9 @@ def _score_parts(
         rows = examples
         if num_parts > 1:
             rows = examples.where(F.pmod(F.xxhash64("user_id"), F.lit(num_parts)) == number)
-        frame = score_users(rows, shipped, request.target_ids, request.run_date, section.chunk_rows, loads)
+        frame = score_users(
+            rows, shipped, request.target_ids, request.run_date, section.chunk_rows, num_tasks, loads
+        )
         frame = frame.withColumn("campaign_id", F.lit(request.campaign_id))
         frame.write.mode("overwrite").parquet(storage.spark_uri(uri))
         num_new += 1

@@ -65,7 +65,8 @@ def score_rows(
     Returns rows of ``predictions``, one per user and campaign of ``campaign_ids`` that his ``target_ids``
     name: users in the order of the input, campaigns in the order given. A history is decoded and read once
     for all its targets. Memory: ``chunk_rows`` histories at a time, sorted by length, so that a chunk is
-    padded to its own longest. A user's score does not depend on the rows beside him.
+    padded to its own longest. The rows beside a user change his score by rounding only: matrix products add
+    in an order of their own for other sizes and places.
 
     Raises:
         DataError: packed columns disagree with the declared sizes.
@@ -190,16 +191,17 @@ def score_users(
     campaign_ids: Sequence[str],
     run_date: date,
     chunk_rows: int,
+    num_tasks: int,
     loads: "Accumulator[int] | None" = None,
 ) -> DataFrame:
     """Rows of ``predictions`` for every row of ``scoring_examples`` and each of the campaigns that it names.
 
     Lazy. ``loads`` counts how often a worker process has loaded the bundle. A small table may lie in one
-    file, so rows are spread over the cores first, by user; no score depends on where a row goes.
+    file, so rows are spread over ``num_tasks`` tasks first. The user says which task and which place in it,
+    not the cluster: so the same users get the same scores to the last bit on any number of cores.
     """
-    spread = examples.select(*_INPUT).repartition(
-        examples.sparkSession.sparkContext.defaultParallelism, "user_id"
-    )
+    spread = examples.select(*_INPUT).repartition(num_tasks, "user_id")
+    spread = spread.sortWithinPartitions("length", "user_id")
     work = partial(
         _score_batches,
         shipped=shipped,

@@ -206,7 +206,7 @@ class Dataproc:
             if not state:
                 self._create(request, name)
                 is_asked = True
-            elif state and state not in (*_COMING, "DELETING", "STOPPING"):
+            elif state not in (*_COMING, "DELETING", "STOPPING"):
                 self.delete_cluster(name)
                 raise self._not_created(name, f"state {state} {detail}".strip())
             if self._patience.clock() - started > _CREATION_SECONDS:
