@@ -59,10 +59,10 @@ for path in sys.argv[1:]:
   read -r submit
 } <<<"$names"
 
-readonly pool=github provider=github node_role=couponflowNode
+readonly pool=github provider=github node_role=couponflowNode user_key=couponflow-user-key
 readonly interfaces=(
   bigquery.googleapis.com compute.googleapis.com dataproc.googleapis.com iam.googleapis.com
-  iamcredentials.googleapis.com storage.googleapis.com sts.googleapis.com
+  iamcredentials.googleapis.com secretmanager.googleapis.com storage.googleapis.com sts.googleapis.com
 )
 # What Google's Dataproc Worker role lets an agent do, without that role's objects of every bucket of the project.
 readonly node_permissions=(
@@ -154,6 +154,14 @@ create_node_role() {
       --permissions "$(joined "${node_permissions[@]}")"
 }
 
+# The key of the users' pseudonyms, drawn here and shown to nobody: events.key_secret names its first version. It must
+# never be lost: with another key every user is somebody else.
+create_user_key() {
+  ! missing gcloud secrets describe "$user_key" --project "$project" ||
+    change gcloud secrets create "$user_key" --project "$project" --replication-policy user-managed \
+      --locations "$region" --data-file - <<<"$(python3 -c 'import secrets; print(secrets.token_hex(32))')"
+}
+
 on_bucket() { # EMAIL BUCKET ROLE
   grant "serviceAccount:$1" "roles/storage.$3" "gs://$2" storage buckets
 }
@@ -168,6 +176,7 @@ grant_roles() {
     on_bucket "$email" "$staging" legacyBucketReader # Dataproc's agent looks at the bucket itself
     grant "serviceAccount:$submit" roles/iam.serviceAccountUser "$email" iam service-accounts
   done
+  grant "serviceAccount:$etl" roles/secretmanager.secretAccessor "$user_key" secrets # which cleans; training does not
   grant "serviceAccount:$submit" roles/dataproc.editor "$project" projects
   on_bucket "$submit" "$code" objectCreator # creates and cannot overwrite: a release stays what it was
   on_bucket "$submit" "$code" objectViewer
@@ -204,5 +213,6 @@ create_account "$etl" 'runs ETL and scoring'
 create_account "$train" 'runs training'
 create_account "$submit" 'submits workflows'
 create_node_role
+create_user_key
 grant_roles
 [[ -z $repository_id ]] || federate

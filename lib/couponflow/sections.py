@@ -78,6 +78,12 @@ class EventsConfig(Section):
     key_variable: str = Field(
         default="COUPONFLOW_USER_KEY", description="Environment variable that holds the pseudonym key."
     )
+    key_secret: str = Field(
+        default="",
+        pattern="^(projects/[a-z0-9-]+/secrets/[A-Za-z0-9_-]+/versions/[0-9]+)?$",
+        description="Version of a secret of Secret Manager that holds the key instead of the variable, "
+        "projects/P/secrets/S/versions/N; needed on Dataproc.",
+    )
     key_version: str = Field(default="v1", description="Name of the key, stored in the run record.")
     bot_agents: Annotated[tuple[Annotated[str, Field(min_length=2)], ...], Loose] = Field(
         default=("bot", "crawler", "spider", "headless", "python-requests", "curl"),

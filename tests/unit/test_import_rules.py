@@ -97,7 +97,7 @@ AT_TOP = {
 #: Packages that only the named modules may import anywhere, inside functions too.
 DOORS = {
     "delta": {"lake.tables"},
-    "google": {"lake.storage", "cloud.bigquery", "cloud.spec_shape", "cloud.dataproc"},
+    "google": {"lake.storage", "lake.secret_store", "cloud.bigquery", "cloud.spec_shape", "cloud.dataproc"},
     "grpc": {"cloud.dataproc"},
     "yaml": {"cloud.rendering"},
     "petastorm": {"training.reader"},

@@ -345,6 +345,7 @@ def test_every_field_of_the_section_is_described() -> None:
         ("lake.root_uri=gs://other/lake", "lake.root_uri: gs://other/lake is not in the lake's bucket"),
         ("export.target_uri=var/export", "export.target_uri: var/export ends with its cluster"),
         ("training.num_ranks=3", "training.num_ranks: 3 ranks on 2 GPUs; write 2"),
+        ("events.key_secret=", "events.key_secret: jobs on Dataproc find no pseudonym key in a variable"),
         ("training.launcher=processes", "training.launcher: ranks would run on the master, which has no GPU"),
         ("cloud.budget_per_run_amount=5.0", "above cloud.budget_per_run_amount = 5.00"),
         ("cloud.max_workers=3", "6 workers in all, above cloud.max_workers = 3"),

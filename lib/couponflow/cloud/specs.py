@@ -223,6 +223,12 @@ def _agreement(environment: Environment) -> Iterator[Finding]:
         yield place.finding(
             "training.launcher", "ranks would run on the master, which has no GPU", 'write "spark"'
         )
+    if config.events.pseudonymise and not config.events.key_secret:
+        yield place.finding(
+            "events.key_secret",
+            "jobs on Dataproc find no pseudonym key in a variable",
+            "name a secret's version, projects/P/secrets/S/versions/N (deploy/iam/setup.sh makes the secret)",
+        )
 
 
 def _priced(

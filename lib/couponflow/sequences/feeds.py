@@ -24,7 +24,7 @@ from pyspark.sql import functions as F
 
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import contracts, declarations, literals, schemas, storage, tables
+from couponflow.lake import contracts, declarations, literals, schemas, secret_store, storage, tables
 from couponflow.lake.erased import Erased
 from couponflow.mappings import FeedMapping, FeedsConfig
 from couponflow.sections import EventsConfig
@@ -53,15 +53,20 @@ def load_key(config: EventsConfig) -> PseudonymKey | None:
     """Read the pseudonym key named by the config, or None where pseudonyms are switched off.
 
     Raises:
-        ConfigError: the variable is unset, or its text is too short to be a key.
+        ConfigError: the variable is unset, there is no such secret, or its text is too short to be a key.
+        InfraError: the secret cannot be read.
     """
     if not config.pseudonymise:
         return None
-    secret = os.environ.get(config.key_variable, "").encode()
+    if config.key_secret:
+        place, secret = f"secret {config.key_secret}", secret_store.read(config.key_secret)
+    else:
+        place = f"environment variable {config.key_variable}"
+        secret = os.environ.get(config.key_variable, "").encode()
     if len(secret) < MIN_KEY_BYTES:
         raise ConfigError(
-            f"environment variable {config.key_variable} holds no pseudonym key of at least {MIN_KEY_BYTES} "
-            "characters; set it from the secret store, or set events.pseudonymise = false for public data"
+            f"{place} holds no pseudonym key of at least {MIN_KEY_BYTES} characters; set it, name a secret "
+            "in events.key_secret, or set events.pseudonymise = false for public data"
         )
     return PseudonymKey(config.key_version, secret)
 
