@@ -1,11 +1,13 @@
 """``make demo-dataproc``: a day and a backfill on Dataproc, with local servers in the place of the services.
 
 A synthetic shop is landed on ``gs://``; Google's clients submit to a stand-in of Dataproc, whose drivers are
-real ``spark-submit`` processes that reach the store through Spark's connector. One driver fails and one
-answer is lost on the way. What has to hold at the end is asserted, so a demo that went wrong ends with 1.
+real ``spark-submit`` processes that reach the store through Spark's connector, and the key of the pseudonyms
+through a stand-in of Secret Manager. One driver fails and one answer is lost on the way. What has to hold at
+the end is asserted, so a demo that went wrong ends with 1.
 """
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -14,20 +16,18 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+import secret_server
 import typer
 from dataproc_world import State, World, world
-from deploy_files import ROOT
+from deploy_files import DEPLOY, ROOT
 from object_server import MISSING, SMALL_SHOP, find_server, running
-from spark_runner import SparkRunner
+from spark_runner import SMALL_LAKE, SparkRunner
+
+from couponflow.config import load_config
+from couponflow.lake import secret_store
 
 FIRST, LAST = "2024-01-02", "2024-01-11"  # the ten days of the backfill
 DAY = "2024-01-12"
-#: A lake of a few hundred rows on two cores: the defaults would start hundreds of tasks for each of its logs.
-SETTINGS = {
-    "spark.sql.shuffle.partitions": "2",
-    "spark.databricks.delta.snapshotPartitions": "2",
-    "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
-}
 
 
 def main() -> None:
@@ -40,7 +40,10 @@ def main() -> None:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         url = stack.enter_context(running(program, folder))
         os.environ["STORAGE_EMULATOR_HOST"] = url  # the storage library's own switch
-        runner = SparkRunner(folder / "drivers", url, settings=SETTINGS)
+        version = load_config(DEPLOY / "env" / "ci.toml").events.key_secret
+        keys = stack.enter_context(secret_server.serving(version, secrets.token_hex(32).encode()))
+        known = {secret_store.STAND_IN: keys.url}
+        runner = SparkRunner(folder / "drivers", url, settings=SMALL_LAKE, environment=known)
         here = stack.enter_context(world(folder, "rest", runner))
         here.file.write_text(here.file.read_text(encoding="utf-8") + SMALL_SHOP, encoding="utf-8")
         play(here)

@@ -30,8 +30,6 @@ campaign_every_days = 7
 late_share = 0.0
 retry_share = 0.0
 has_day_truth = false
-[events]
-pseudonymise = false
 [conversions]
 source = "redemptions"
 window = "campaign"

@@ -28,6 +28,12 @@ CLUSTER_ONLY = (
 )
 #: Of this process's environment, what a driver needs to find its programs. All else stays out.
 KEPT = ("PATH", "HOME", "JAVA_HOME", "LANG", "TMPDIR")
+#: A lake of a few hundred rows on two cores: the defaults would start hundreds of tasks for each of its logs.
+SMALL_LAKE = {
+    "spark.sql.shuffle.partitions": "2",
+    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
+}
 #: Starts a command and ends with it. When its own input ends first, whoever held it is gone or wants the
 #: driver gone: the group may end by itself, then is killed. Python workers of Spark end with their JVM.
 GUARD = """

@@ -22,6 +22,8 @@ CONFIG = """
 [lake]
 root_uri = "{root}/lake"
 time_zone = "America/New_York"
+[events]
+pseudonymise = false
 [model]
 hidden_dim = 8
 [training]
