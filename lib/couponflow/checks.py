@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 from datetime import date
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +39,15 @@ def check(
             help="Check every spec of deploy/ for an environment, such as dev, or for a TOML file.",
         ),
     ] = "",
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            "--write",
+            metavar="FOLDER",
+            help="Write the specs of --deploy there, each as the file that gcloud imports.",
+            show_default=False,
+        ),
+    ] = None,
     config: ConfigPath = DEFAULT_CONFIG,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -46,15 +56,19 @@ def check(
 
     --contract: columns with examples, reasons of refusal, drift rules. --leaks ends with 3 where a feature
     changed, or where nothing could be seen to change. --deploy: a verdict and an estimated price per spec;
-    ends with 2 where one is wrong, and lists all that is. Writes nothing, asks no service.
+    ends with 2 where one is wrong, and lists all that is. Asks no service, writes no more than --write names.
 
     Example: couponflow check --leaks --as-of 2017-10-30 --sample 200
 
     Example: couponflow check --deploy dev
+
+    Example: couponflow check --deploy dev --write specs
     """
     with errors_as_exit_codes():
         if not contract and not leaks and not deploy:
             raise ConfigError("nothing to check; give --contract, --leaks or --deploy ENV")
+        if write and not deploy:
+            raise ConfigError(f"--write {write}: writes the specs of an environment; give --deploy ENV too")
         if contract:
             _show_contracts(feed, as_json)
         if leaks:
@@ -64,7 +78,7 @@ def check(
                 load_config(config, tuple(overrides or ())), parse_day(as_of), sample, campaign, seed
             )
         if deploy:
-            _check_deploy(deploy, as_json)
+            _check_deploy(deploy, as_json, write)
 
 
 def _show_contracts(feed: str, as_json: bool) -> None:
@@ -111,7 +125,7 @@ def _check_leaks(settings: Config, day: date, sample: int, campaign: str, seed: 
     leaks.check(found, day)
 
 
-def _check_deploy(name: str, as_json: bool) -> None:
+def _check_deploy(name: str, as_json: bool, folder: Path | None) -> None:
     from couponflow.cloud import releases, run_dates, specs
 
     environment = specs.load_environment(name)
@@ -144,6 +158,22 @@ def _check_deploy(name: str, as_json: bool) -> None:
         raise ConfigError(
             f"environment {name}: {len(findings)} findings in its specs; correct them before a submission"
         )
+    if folder is not None:
+        _write_specs(environment, release, folder, as_json)
+
+
+def _write_specs(environment: Any, release: str, folder: Path, is_quiet: bool) -> None:
+    from couponflow.cloud import specs
+
+    for name, content in specs.importable(environment.cloud, release).items():
+        path = folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another folder") from error
+        if not is_quiet:
+            typer.echo(f"written: {path}")
 
 
 def _verdict_row(verdict: Any) -> list[str]:

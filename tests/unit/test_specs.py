@@ -412,6 +412,42 @@ def test_check_speaks_json(copied: Path) -> None:
     assert shown["specs"][1]["rendered"]["configBucket"] == "couponflow-ci-staging"
 
 
+def test_check_writes_the_files_that_gcloud_imports(copied: Path, tmp_path: Path) -> None:
+    """A cluster there is a ``Cluster``, with the labels of the environment; the rest is as rendered."""
+    folder = tmp_path / "specs"
+    code, out, _ = checked("dev", "--write", str(folder))
+    assert code == 0
+    written = {
+        path.relative_to(folder).as_posix(): json.loads(path.read_text()) for path in folder.rglob("*.json")
+    }
+    assert set(written) == {f"{which}.json" for which in NAMES}
+    assert all(f"written: {folder / name}" in out for name in written)
+    shown = json.loads(checked("dev", "--json")[1])
+    for one in shown["specs"][1:]:
+        name = one["file"].removeprefix("deploy/").replace(".yaml", ".json")
+        tree = written[name]
+        if name.startswith("clusters/"):
+            assert tree.pop("labels") == {"app": "couponflow", "environment": "dev", "cost_center": "crm"}
+            tree = tree["config"]
+        assert tree == one["rendered"]
+    json.loads(checked("dev", "--json", "--write", str(folder))[1])  # nothing but JSON
+
+
+def test_nothing_is_written_of_specs_with_findings_or_without_an_environment(
+    copied: Path, tmp_path: Path
+) -> None:
+    edit(copied / "env" / "dev.toml", "num_ranks = 2", "num_ranks = 5")
+    assert checked("dev", "--write", str(tmp_path / "specs"))[0] == 2
+    assert not (tmp_path / "specs").exists()
+    done = CliRunner().invoke(app, ["check", "--contract", "--write", str(tmp_path / "specs")])
+    assert done.exit_code == 2
+    assert "writes the specs of an environment; give --deploy ENV too" in done.stderr
+    (tmp_path / "specs").write_text("a file")
+    code, _, err = checked("ci", "--write", str(tmp_path / "specs"))
+    assert code == 2
+    assert "cannot be written (" in err
+
+
 def test_check_lists_all_findings_and_ends_with_2(copied: Path) -> None:
     edit(copied / "clusters" / "etl.yaml", "internalIpOnly: true", "internalIpOnly: false")
     edit(copied / "autoscaling" / "etl.yaml", "scaleUpFactor: 0.5", "scaleUpFacto: 0.5")

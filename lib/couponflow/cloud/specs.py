@@ -6,6 +6,7 @@ asks the library's types (``spec_shape``), then our rules (``spec_rules``), then
 agree on. ``message`` is the type that the client sends, of a spec without findings.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -152,6 +153,24 @@ def message(spec: Spec) -> Any:
     if findings:
         raise ConfigError("; ".join(map(str, findings)))
     return spec_shape.parsed(spec.kind, spec.tree)
+
+
+def importable(cloud: CloudConfig, release: str, folder: Path = DEPLOY) -> dict[str, str]:
+    """Every spec as `gcloud dataproc ... import --source` reads it, by file name, such as clusters/etl.json.
+
+    What is imported as a cluster is more than its config: the labels say whose it is.
+
+    Raises:
+        ConfigError: as ``render``.
+    """
+    labels = {"app": "couponflow", "environment": cloud.environment, **cloud.labels}
+    return {
+        f"{spec.kind}/{spec.name}.json": json.dumps(
+            {"labels": labels, "config": spec.tree} if spec.kind == "clusters" else spec.tree, indent=1
+        )
+        + "\n"
+        for spec in render(cloud, release, folder)
+    }
 
 
 def check(environment: Environment, release: str, folder: Path = DEPLOY) -> list[Verdict]:
