@@ -15,7 +15,9 @@ from dataproc_world import State
 from deploy_files import DEPLOY, environment
 from guide_walk import Claim, Walk, commands, walking
 
+from couponflow import pipeline
 from couponflow.cloud import specs
+from couponflow.config import load_config
 from couponflow.lake import storage
 from couponflow.training import registry
 
@@ -365,6 +367,23 @@ def test_every_line_of_the_guide_does_what_it_says(walk: Walk) -> None:
         kept.add(start)
         walk.follow(line, CLAIMS[start])
     assert kept == set(CLAIMS)
+
+
+def test_the_dates_of_the_guide_are_those_of_the_main_job() -> None:
+    """As `couponflow run` would take them: the drawn shop is that of a demo which does compute."""
+    shop, demo = (load_config(DEPLOY / "env" / f"{name}.toml") for name in ("shop", "demo"))
+    for section in ("source", "world", "events", "conversions", "examples"):
+        assert getattr(shop, section) == getattr(demo, section), section
+    assert shop.run.run_date == demo.run.run_date
+    stages = {stage.name: stage.dates for stage in pipeline.plan(shop)}
+    day, campaign, data = shop.run.run_date, shop.run.campaign_id, stages["clean_events"]
+    for command in (
+        f"couponflow backfill all --from-date {data.start} --to-date {data.last} --on",
+        f"couponflow submit build_vocabulary --env dev --dates {stages['build_vocabulary']}\n",
+        f"couponflow submit --workflow train --env dev --dates {stages['evaluate'].last}\n",
+        f"couponflow submit --workflow campaign --env dev --dates {day} --campaign {campaign}\n",
+    ):
+        assert command in GUIDE
 
 
 def test_each_question_names_a_command() -> None:
