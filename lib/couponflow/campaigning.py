@@ -15,7 +15,9 @@ class ScoringConfig(Section):
         description="'champion', 'challenger', a kind (such as dien or logistic: its newest bundle), or a "
         "model version.",
     )
-    arrow_batch_rows: int = Field(default=10_000, ge=1, description="Users per Arrow batch and, about, per task.")
+    arrow_batch_rows: int = Field(
+        default=10_000, ge=1, description="Users per Arrow batch and, about, per task."
+    )
     chunk_rows: int = Field(
         default=2_048, ge=1, description="Users scored at once, sorted by history length. Lower: less memory."
     )

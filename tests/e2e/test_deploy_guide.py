@@ -68,6 +68,8 @@ def makes_the_project(walk: Walk) -> Claim:
     for name in ("etl", "train", "submit"):
         assert f"iam service-accounts couponflow-{name}" in made
     assert "compute networks subnets couponflow us-west1" in made
+    secret, _, version = environment("dev").config.events.key_secret.partition("/versions/")
+    assert (f"secrets {secret.rpartition('/')[2]}" in made, version) == (True, "1")
 
 
 def exported(walk: Walk) -> set[str]:
@@ -372,7 +374,7 @@ def test_every_line_of_the_guide_does_what_it_says(walk: Walk) -> None:
 def test_the_dates_of_the_guide_are_those_of_the_main_job() -> None:
     """As `couponflow run` would take them: the drawn shop is that of a demo which does compute."""
     shop, demo = (load_config(DEPLOY / "env" / f"{name}.toml") for name in ("shop", "demo"))
-    for section in ("source", "world", "events", "conversions", "examples"):
+    for section in ("source", "world", "conversions", "examples"):
         assert getattr(shop, section) == getattr(demo, section), section
     assert shop.run.run_date == demo.run.run_date
     stages = {stage.name: stage.dates for stage in pipeline.plan(shop)}
