@@ -20,6 +20,8 @@ from couponflow.entry import record_run
 from couponflow.lake import storage, tables
 
 NUM_WRITERS = 20
+#: Of the nightly build.
+RACES = int(os.environ.get("COUPONFLOW_RACES", "200"))
 DAY = DateRange.day(D0)
 
 #: One of two drivers: per race a table that both have read before either commits.
@@ -120,7 +122,7 @@ def _day(number: int) -> DateRange:
     return DateRange.day(D0 + timedelta(days=number))
 
 
-@pytest.mark.parametrize("races", [1, pytest.param(200, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("races", [1, pytest.param(RACES, marks=pytest.mark.nightly)])
 def test_of_two_drivers_on_one_range_one_commits(gs_spark: SparkSession, bucket: str, races: int) -> None:
     """Two processes hold their snapshot before either commits; the loser's exit code is 4, and no mix."""
     for number in range(races):
