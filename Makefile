@@ -10,6 +10,7 @@ UV := .tools/uv/bin/uv
 CONFIG ?= deploy/env/local.toml
 ONLY ?=
 SEED ?= 0
+ROUNDS ?= 50
 SCRIPTS := .ci/run $(wildcard deploy/*/*.sh)
 # Two processes with a Spark session each, a file of tests at a time: a driver that plans small queries keeps one core.
 WORKERS ?= -n 2 --dist loadfile
@@ -58,6 +59,11 @@ test-airflow: install .stamps/airflow ## the DAG of deploy/airflow in an Airflow
 .PHONY: soak
 soak: install ## 30 days backfilled in random order, killed twice, against one clean pass (SEED=n for another)
 	COUPONFLOW_SOAK_SEED=$(SEED) $(PYTHON) -m pytest -q -s -m nightly tests/e2e/test_backfill.py -k test_soak
+
+.PHONY: soak-faults
+soak-faults: install .stamps/gcs ## ROUNDS faults drawn from SEED, each against an undisturbed run; prints what each has lost
+	COUPONFLOW_SOAK_SEED=$(SEED) COUPONFLOW_SOAK_ROUNDS=$(ROUNDS) \
+	  $(PYTHON) -m pytest -q -s -m nightly tests/e2e/test_soak.py
 
 .PHONY: check
 check: install ## ruff, mypy strict, the import rules; linters of workflows, YAML and shell scripts

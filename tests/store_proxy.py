@@ -21,7 +21,7 @@ class Fault:
 
     ``status`` is the answer instead of the server's, 0 closes the connection without one. With ``is_done``
     the server is asked before, so that the request has its effect and only the answer is lost. ``hang`` keeps
-    the connection open until the proxy stops.
+    the connection open until the proxy stops. ``is_cut`` closes it in the middle of the server's answer.
     """
 
     pattern: str
@@ -29,6 +29,7 @@ class Fault:
     times: int = 1
     is_done: bool = False
     hang: bool = False
+    is_cut: bool = False
 
 
 class Proxy(ThreadingHTTPServer):
@@ -73,10 +74,10 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.meet(f"{self.command} {self.path}", body[:_HEAD_BYTES])
         if fault is not None and fault.hang:
             self.server.stopped.wait()
-        answer = self._forward(body) if fault is None or fault.is_done else None
-        if fault is None:
+        answer = self._forward(body) if fault is None or fault.is_done or fault.is_cut else None
+        if fault is None or fault.is_cut:
             assert answer is not None
-            self._answer(*answer)
+            self._answer(*answer, is_cut=fault is not None)
         elif fault.status and not fault.hang:
             words = b'{"error": {"code": %d, "message": "spoilt by a test"}}' % fault.status
             self._answer(fault.status, [("Content-Type", "application/json")], words)
@@ -107,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             connection.close()
 
-    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, is_cut: bool = False) -> None:
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
@@ -115,7 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if is_cut else body)
+        self.close_connection |= is_cut
 
 
 @contextmanager

@@ -70,10 +70,10 @@ class Base:
         shutil.copytree(self.begun.root, lake.root)
         return lake
 
-    def difference(self, lake: Lake) -> tuple[int, int]:
-        """Lost and surplus rows over all tables."""
+    def difference(self, lake: Lake, names: Iterable[str] = ()) -> tuple[int, int]:
+        """Lost and surplus rows over these tables, or all."""
         sums = [0, 0]
-        for name in self.names:
+        for name in names or self.names:
             there = tables.exists(self.spark, lake.root, name)
             found = tables.read(self.spark, lake.root, name) if there else None
             for place, number in enumerate(difference(tables.read(self.spark, self.whole.root, name), found)):
@@ -129,9 +129,9 @@ class Harmed:
             options = tuple(_FAILED.split())
         raise AssertionError(f"{_MAX_CALLS} calls did not end it: {done.output}")
 
-    def difference(self) -> tuple[int, int]:
-        """Lost and surplus rows over all tables."""
-        return self.base.difference(self.lake)
+    def difference(self, *names: str) -> tuple[int, int]:
+        """Lost and surplus rows over these tables, or all."""
+        return self.base.difference(self.lake, names)
 
 
 #: A day of a shop on ``gs://``: few objects, as each costs requests.

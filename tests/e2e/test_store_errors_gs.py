@@ -153,6 +153,15 @@ def test_a_silent_store_is_asked_again(lake: Lake) -> None:
     assert len(lake.proxy.spoilt) == 2
 
 
+def test_an_answer_that_ends_too_early_is_asked_for_again(lake: Lake) -> None:
+    lake.proxy.faults = [Fault("^GET.*alt=media", is_cut=True)]
+    assert storage.read_bytes(lake.object) == b"note"
+    lake.proxy.faults = [Fault(r"^GET.*_delta_log.*alt=media", is_cut=True)]
+    lake.proxy.faults += [Fault(r"^GET.*\.parquet.*alt=media", is_cut=True)]
+    assert lake.ids() == ["a"]
+    assert len(lake.proxy.spoilt) == 3
+
+
 def test_patience_ends_and_the_version_before_stays(lake: Lake) -> None:
     lake.proxy.faults = [Fault("^POST", 503, ALWAYS)]
     with pytest.raises(InfraError, match=rf"failed for bucket {lake.bucket} \(status 503\); .*try again"):
