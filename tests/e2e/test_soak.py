@@ -35,7 +35,7 @@ class Soak:
         self.base = cache(lambda: Base(folder / "base", spark))
         self.training = cache(lambda: Training(folder / "training"))
         self.cases: dict[str, Case] = {kind.title: self._of(kind) for kind in KINDS}
-        self.cases["5 training killed"] = self._training(False)
+        self.cases[" 5 training killed"] = self._training(False)
         self.cases["24 training killed, newest checkpoint cut"] = self._training(True)
 
     def _of(self, kind: Kind) -> Case:
