@@ -188,7 +188,7 @@ def _as_ours(where: str, error: BaseException) -> CouponflowError | None:
     if family in ("py4j", "pyspark"):
         from couponflow.lake import failures  # brings pyspark, which is there by now
 
-        if ours := failures.store_error(error, where):
+        if ours := failures.store_error(error, where) or failures.damage(error, where):
             return ours
     cause = getattr(error, "java_exception", None)
     text = str(cause.getMessage() if cause is not None else error).strip()

@@ -14,7 +14,9 @@ from pyspark.sql import DataFrameWriter, SparkSession
 from pyspark.sql import functions as F
 
 from couponflow import pipeline
+from couponflow.config import load_config
 from couponflow.dates import DateRange
+from couponflow.entry import record_run
 from couponflow.errors import CommitConflictError, ConfigError, ConflictError, DataError
 from couponflow.lake import schemas, session, tables
 from couponflow.sections import SparkConfig
@@ -137,14 +139,30 @@ def test_versions_that_are_not_there(spark: SparkSession, root_uri: str) -> None
         tables.read(spark, root_uri, "orders", version=99)
 
 
-def test_a_lost_commit_is_a_damaged_log(spark: SparkSession, root_uri: str, tmp_path: Path) -> None:
-    spare = str(tmp_path / "spare")
+@pytest.mark.parametrize("is_cut", [False, True], ids=["lost", "cut"])
+def test_a_lost_or_cut_commit_is_a_damaged_log(
+    spark: SparkSession, root_uri: str, tmp_path: Path, is_cut: bool
+) -> None:
+    """For a reader and for a writer, whom another attempt would not help."""
+    spare, day = str(tmp_path / "spare"), DateRange.day(D0)
     for name in "ab":
-        tables.overwrite(make_frame(spark, "orders", [order(name)]), spare, "orders", DateRange.day(D0))
+        tables.overwrite(make_frame(spark, "orders", [order(name)]), spare, "orders", day)
     shutil.copytree(spare, root_uri)  # a place whose log this process has not seen
-    Path(root_uri, "tables", "orders", "_delta_log", f"{1:020d}.json").unlink()
-    with pytest.raises(DataError, match=r"table orders .*(damaged|cannot be read)"):
-        tables.read(spark, root_uri, "orders")
+    log = Path(root_uri, "tables", "orders", "_delta_log")
+    if is_cut:
+        newest = max(log.glob("*.json"))
+        newest.write_bytes(newest.read_bytes()[:100])
+    else:
+        (log / f"{1:020d}.json").unlink()
+    with pytest.raises(DataError, match=r"orders.* (damaged|cannot be read)"):
+        tables.overwrite(make_frame(spark, "orders", [order("c")]), root_uri, "orders", day)
+    config = load_config(None, (f"lake.root_uri='{root_uri}'", "events.pseudonymise=false"))
+    # Of a cut commit only an action may hear: Delta keeps a summary of each version beside it.
+    with (
+        pytest.raises(DataError, match=r"orders.* (damaged|cannot be read)"),
+        record_run("monitor", config, day),
+    ):
+        tables.read(spark, root_uri, "orders").collect()
 
 
 class Builder:

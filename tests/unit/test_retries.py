@@ -103,3 +103,19 @@ def test_each_answer_has_its_error(text: str, expected: type[CouponflowError] | 
     found = failures.store_error(RuntimeError(text), "table orders")
     assert type(found) is expected
     assert found is None or (str(found).startswith("table orders: ") and "\n" not in str(found))
+
+
+@pytest.mark.parametrize(
+    ("text", "file"),
+    [
+        ("File file:/lake/orders/part-0.parquet does not exist. It is", "file:/lake/orders/part-0.parquet"),
+        ("Encountered error while reading file file:///lake/2.json. Details:", "file:///lake/2.json"),
+        ("ChecksumException: Checksum error: file:/lake/2.json at 0 exp: 1", "file:/lake/2.json"),
+        ("Encountered error while reading file gs://b/2.json.\n at com.google.cloud.hadoop.gcsio.R", ""),
+        ("Python worker exited unexpectedly (crashed)", ""),
+    ],
+)
+def test_a_damaged_file_is_named_unless_the_store_is_to_blame(text: str, file: str) -> None:
+    found = failures.damage(RuntimeError(text), "table orders")
+    assert (found is not None) == bool(file)
+    assert found is None or str(found).startswith(f"table orders: {file} is damaged or gone; ")

@@ -14,6 +14,11 @@ _DENIED = ("401", "403")
 _TRANSIENT = ("408", "429", "500", "502", "503", "504")
 #: The store did not answer at all; the connector's own frames say that it was the store who was asked.
 _CONNECTOR = "com.google.cloud.hadoop"
+#: How Spark, Delta and Hadoop word a file that is not as it was written, or is gone.
+_DAMAGE = re.compile(
+    r"(?:Checksum error:|Encountered error while reading file) ((?:file|gs):/[^\s,]+)"
+    r"|File ((?:file|gs):/\S+) does not exist"
+)
 _SILENCE = re.compile(r"(?:java\.net|javax\.net\.ssl|org\.apache\.http)\.\w+Exception[^\n]*")
 
 
@@ -36,6 +41,21 @@ def store_error(error: BaseException, where: object) -> CouponflowError | None:
         return None
     return StoreBusyError(
         f"{where}: the object store did not answer ({silence[0][:200]}); check the network, then try again"
+    )
+
+
+def damage(error: BaseException, where: object) -> DataError | None:
+    """A file of the lake that cannot be read as it lies there, by name; None where that is not the reason.
+
+    What the connector threw is the store's, not the file's: it may be other the next time.
+    """
+    text = f"{error}\n{getattr(error, 'stackTrace', '')}"
+    found = _DAMAGE.search(text)
+    if found is None or _CONNECTOR in text:
+        return None
+    file = (found[1] or found[2]).rstrip(".")
+    return DataError(
+        f"{where}: {file} is damaged or gone; restore the file, or build again what it belongs to"
     )
 
 

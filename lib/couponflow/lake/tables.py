@@ -375,11 +375,14 @@ def _conform(frame: DataFrame, declared: declarations.Table) -> DataFrame:
 
 
 def _check_schema_version(spark: SparkSession, declared: declarations.Table, uri: str) -> None:
-    """Refuse a table that older or newer code has laid out.
+    """Refuse a table that older or newer code has laid out, or whose log cannot be read.
 
     Off the snapshot that the read has just loaded: ``detail()`` says the same after seconds of Spark jobs.
     """
-    version = _property(spark, uri, VERSION_PROPERTY)
+    try:
+        version = _property(spark, uri, VERSION_PROPERTY)
+    except (Py4JJavaError, PySparkException) as error:
+        raise failures.read_error(error, declared.name, uri) from error
     if version != str(schemas.SCHEMA_VERSION):
         raise DataError(
             f"table {declared.name} at {uri} has schema version {version}, this code knows "
@@ -432,12 +435,14 @@ def _rows_committed(spark: SparkSession, uri: str, mark: str, metric: str = "num
             DeltaTable.forPath(spark, uri).history(20).select("userMetadata", "operationMetrics").collect()
         )
     except (Py4JJavaError, PySparkException) as error:
-        raise failures.store_error(error, f"table at {uri}") or InfraError(
-            f"table at {uri}: cannot tell whether the write was committed ({failures.first_line(error)}); "
-            "run again"
+        where = f"table at {uri}"
+        ours = failures.store_error(error, where) or failures.damage(error, where)
+        reason = failures.first_line(error)
+        raise ours or InfraError(
+            f"{where}: cannot tell whether the write was committed ({reason}); run again"
         ) from error
-    ours = [row["operationMetrics"] for row in history if row["userMetadata"] == mark]
-    if not ours:
+    marked = [row["operationMetrics"] for row in history if row["userMetadata"] == mark]
+    if not marked:
         return None
-    metering.wrote(int(ours[0].get("numOutputBytes") or ours[0].get("numTargetBytesAdded") or 0))
-    return int(ours[0].get(metric, 0))
+    metering.wrote(int(marked[0].get("numOutputBytes") or marked[0].get("numTargetBytesAdded") or 0))
+    return int(marked[0].get(metric, 0))
