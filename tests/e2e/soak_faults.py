@@ -28,10 +28,9 @@ TABLES = (
     "sessions",
     "conversions",
     "training_examples",
-    "histories",
 )
 JOBS = ("clean_events", "clean_feeds", "sessionize", "attribute_conversions", "build_examples")
-_AFTER_CLEANING = ("session_segments", "sessions", "conversions", "training_examples", "histories")
+_AFTER_CLEANING = ("session_segments", "sessions", "conversions", "training_examples")
 _WRITE_POINTS = ("before_write", "during_write", "after_commit")
 _RUN_POINTS = ("before_run", "before_record", "after_record")
 #: What a disk that is full, or a worker that is lost without a second try, ends with.

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from backfill_lake import Lake, build_scoring, clean_pass, group, succeed
+from backfill_lake import Lake, clean_pass, group, succeed
 from builders import D0
 from object_server import make_bucket, reaching
 from pyspark.sql import DataFrame, SparkSession
@@ -25,9 +25,8 @@ from typer.testing import CliRunner
 from couponflow.cli import app
 from couponflow.lake import storage, tables
 
-#: Days 1 to 10 are done before a round; the round delivers and backfills these.
-DAYS = ("2024-01-11", "2024-01-12", "2024-01-13")
-#: The synthetic shop is at least so long; its last day is never done here.
+#: The eleven days before these are done before a round; the round backfills these.
+DAYS = ("2024-01-12", "2024-01-13", "2024-01-14")
 _NUM_DAYS = 14
 SECONDS = 400
 #: How a plan or an error names what has to be added to the same command.
@@ -50,18 +49,16 @@ def _rows(frame: DataFrame) -> "Counter[str]":
 
 
 class Base:
-    """A shop of thirteen days: a lake in which all are done, and one in which the last three are not."""
+    """A shop of which the last three days are not done, and a copy in which they are, undisturbed."""
 
     def __init__(self, folder: Path, spark: SparkSession) -> None:
         self.spark = spark
-        self.whole = Lake(folder / "whole", num_days=_NUM_DAYS, num_users=30)
-        self.whole.land()
-        self.whole.last = DAYS[-1]
-        clean_pass(self.whole)
         self.begun = Lake(folder / "begun", num_days=_NUM_DAYS, num_users=30)
-        self.begun.take(self.whole, "raw", "vocabularies", "tables/vocabularies")
-        succeed(self.begun.backfill("all", "--chunk-days", "60", last="2024-01-10"))
-        build_scoring(self.begun)
+        self.begun.land()
+        self.begun.last = "2024-01-11"
+        clean_pass(self.begun)
+        self.whole = self.copy(folder / "whole")
+        succeed(self.whole.backfill("all", first=DAYS[0], last=DAYS[-1]))
         self.names = sorted(self.whole.hashes(spark))
 
     def copy(self, folder: Path) -> Lake:

@@ -43,7 +43,7 @@ def run_job(config: str, *over: str, fault: str = "", options: tuple[str, ...] =
     )
     lines = done.stderr.strip().splitlines()
     return done.returncode, next(
-        (line for line in reversed(lines) if line.startswith("couponflow")), lines[-1]
+        (line for line in reversed(lines) if line.startswith("couponflow")), lines[-1] if lines else ""
     )
 
 
