@@ -1,9 +1,9 @@
 """The whole pipeline with everything on ``gs://``, against the same on local files.
 
 A synthetic shop of 150 users and 25 days, from landing to hand-over, on a fresh root each time, in turns in
-one warm session. The store is a local server on the same cores (fake-gcs-server): it has no network and a cost
-of its own, so the figure says what the code asks of a store, not what Cloud Storage answers. Nearly every
-object is small here, which is the worst case. Both must hold the same rows.
+one warm session. The store is a local server on the same cores (fake-gcs-server): it has no network and a
+cost of its own, so the figure says what the code asks of a store, not what Cloud Storage answers. Nearly all
+objects are small here, which is the worst case. Both must hold the same rows.
 """
 
 import os
