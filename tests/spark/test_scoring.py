@@ -310,8 +310,9 @@ def test_other_vocabulary_or_malformed_examples_stop(
     users = packed_users(6)
     master = master_of(spark, users)
 
-    def attempt(examples: DataFrame) -> None:
-        with publication.scored(request(tmp_path), examples, master, None, folder):
+    def attempt(examples: DataFrame, task_users: int = 16) -> None:
+        asked = request(tmp_path, arrow_batch_rows=task_users)
+        with publication.scored(asked, examples, master, None, folder):
             raise AssertionError("the gates are open")
 
     with pytest.raises(ConfigError, match="expects vocabulary v1, table scoring_examples has v2"):
@@ -319,8 +320,9 @@ def test_other_vocabulary_or_malformed_examples_stop(
     with pytest.raises(DataError, match="run build_examples"):
         attempt(examples_frame(spark, []))
     broken = [*users[:-1], users[-1] | {"length": users[-1]["length"] + 1}]
-    with pytest.raises(DataError, match="length and history disagree"):
-        attempt(examples_frame(spark, broken))
+    for task_users in (16, 1):  # alone in a task, a row is met before the task's first write
+        with pytest.raises(DataError, match="length and history disagree"):
+            attempt(examples_frame(spark, broken), task_users)
     other = [*users[:-1], users[-1] | {"target_ids": ["17", "19"]}]
     with pytest.raises(DataError, match="1 users of the master without a score"):
         attempt(examples_frame(spark, other))

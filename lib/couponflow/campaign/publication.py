@@ -15,6 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from py4j.protocol import Py4JJavaError
 from pyspark import Accumulator
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
@@ -24,7 +25,7 @@ from couponflow.campaign.scores import gates, shipping
 from couponflow.campaign.scoring import score_users
 from couponflow.campaigning import ScoringConfig
 from couponflow.errors import ConfigError, CouponflowError, DataError, InfraError
-from couponflow.lake import faults, schemas, storage, tables
+from couponflow.lake import failures, faults, schemas, storage, tables
 
 log = logging.getLogger("couponflow")
 
@@ -93,7 +94,7 @@ def scored(
         }
         yield predictions, facts
         storage.remove_folder(place)
-    except PySparkException as error:
+    except (Py4JJavaError, PySparkException) as error:  # by where in its task the worker's error is met
         raise _as_ours(error, request) from error
     finally:
         spark.conf.set(_BATCH_ROWS, str(rows_before))
@@ -184,12 +185,11 @@ def _part(place: str, number: int) -> str:
     return storage.join(place, f"part-{number:05d}")
 
 
-def _as_ours(error: PySparkException, request: Request) -> CouponflowError:
+def _as_ours(error: Exception, request: Request) -> CouponflowError:
     """The error that a worker raised, as the class it had there."""
     where = f"campaign {request.campaign_id}, {request.run_date}"
     found = _OUR_ERROR.search(str(error))
     if found:
         kinds: dict[str, type[CouponflowError]] = {"ConfigError": ConfigError, "DataError": DataError}
         return kinds.get(found[1], InfraError)(f"{where}: {found[2].strip()}")
-    lines = str(error).strip().splitlines()
-    return InfraError(f"{where}: a worker failed ({lines[-1][:300]}); run again")
+    return InfraError(f"{where}: a worker failed ({failures.first_line(error)}); run again")
