@@ -12,45 +12,29 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import object_server
+import small_shop
 from pyspark.sql import SparkSession
 
 from bench.run import Claim
 from couponflow import pipeline
 from couponflow.config import Config, load_config
-from couponflow.lake import session, tables
+from couponflow.lake import session
 from couponflow.sections import SparkConfig
 
 CLAIMS = ("gs_overhead",)
 RUNS = 2
-CONFIG = """
-[lake]
-root_uri = "{root}/lake"
-time_zone = "America/New_York"
-[events]
-pseudonymise = false
-[training]
-max_epochs = 1
-[evaluation]
-num_draws = 50
-[export]
-target_uri = "{root}/export"
-auto_approve = true
-"""
 
 
-def _run(spark: SparkSession, folder: Path, root: str) -> tuple[float, dict[str, str]]:
-    """Seconds of one run of every stage, and the content of the tables that name neither run nor bundle."""
-    path = folder / "config.toml"
-    path.write_text(CONFIG.format(root=root) + object_server.SMALL_SHOP, encoding="utf-8")
-    config: Config = load_config(path)
+def _run(spark: SparkSession, folder: Path, root: str) -> tuple[float, dict[str, tuple[int, str]]]:
+    """Seconds of one run of every stage, and the content of all tables."""
+    config: Config = load_config(small_shop.write_config(folder, root))
     start = time.perf_counter()
     pipeline.execute(config, pipeline.plan(config), lambda: spark, pipeline.Progress())
     seconds = time.perf_counter() - start
-    unnamed = ("events", "sessions", "conversions", "training_examples", "scoring_examples")
-    hashes = {name: tables.content_hash(tables.read(spark, config.lake.root_uri, name)) for name in unnamed}
-    return seconds, hashes
+    return seconds, small_shop.content(config, spark)
 
 
 def measure(names: tuple[str, ...]) -> list[Claim]:
@@ -61,21 +45,17 @@ def measure(names: tuple[str, ...]) -> list[Claim]:
         return []
     spark = session.start(SparkConfig(shuffle_partitions=2), "bench")
     ratios = []
-    before = os.environ.get("STORAGE_EMULATOR_HOST")
-    with tempfile.TemporaryDirectory() as folder, object_server.running(program, Path(folder)) as url:
-        os.environ["STORAGE_EMULATOR_HOST"] = url
-        try:
-            with object_server.reaching(spark, url):
-                for number in range(RUNS + 1):
-                    local, expected = _run(spark, Path(folder), f"{folder}/{number}")
-                    remote, found = _run(spark, Path(folder), object_server.make_bucket())
-                    assert found == expected, "the tables on gs:// hold other rows than those on local files"
-                    ratios.append(remote / local)
-                    sys.stderr.write(f"gs_overhead: {local:.0f} s locally, {remote:.0f} s on gs://\n")
-        finally:
-            if before is None:
-                del os.environ["STORAGE_EMULATOR_HOST"]
-            else:
-                os.environ["STORAGE_EMULATOR_HOST"] = before
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        object_server.running(program, Path(folder)) as url,
+        patch.dict(os.environ, STORAGE_EMULATOR_HOST=url),
+        object_server.reaching(spark, url),
+    ):
+        for number in range(RUNS + 1):
+            local, expected = _run(spark, Path(folder), f"{folder}/{number}")
+            remote, found = _run(spark, Path(folder), object_server.make_bucket())
+            assert found == expected, "the tables on gs:// hold other rows than those on local files"
+            ratios.append(remote / local)
+            sys.stderr.write(f"gs_overhead: {local:.0f} s locally, {remote:.0f} s on gs://\n")
     value = statistics.median(ratios[1:])
     return [Claim(names[0], value, "x its time", None, RUNS, "the same run on local files", "at_most")]

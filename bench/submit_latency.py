@@ -15,6 +15,7 @@ import tempfile
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import object_server
 from dataproc_world import World, world
@@ -27,7 +28,6 @@ CLAIMS = ("submit_latency",)
 RUNS = 7
 ROOT = Path(__file__).parents[1]
 CLUSTER = "couponflow-bench"
-STORE = "STORAGE_EMULATOR_HOST"
 
 
 def measure(names: tuple[str, ...]) -> list[Claim]:
@@ -36,16 +36,13 @@ def measure(names: tuple[str, ...]) -> list[Claim]:
     if program is None:
         sys.stderr.write(f"submit_latency is not measured: {object_server.MISSING}\n")
         return []
-    before = os.environ.get(STORE)
-    with tempfile.TemporaryDirectory() as folder, object_server.running(program, Path(folder)) as url:
-        os.environ[STORE] = url
-        try:
-            with world(Path(folder), "rest") as here:
-                rounds = _rounds(here)
-        finally:
-            os.environ.pop(STORE)
-            if before is not None:
-                os.environ[STORE] = before
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        object_server.running(program, Path(folder)) as url,
+        patch.dict(os.environ, STORAGE_EMULATOR_HOST=url),
+        world(Path(folder), "rest") as here,
+    ):
+        rounds = _rounds(here)
     value = statistics.median(seconds["ours"] - seconds["bare"] for seconds in rounds)
     ours, bare = (statistics.median(seconds[name] for seconds in rounds) for name in ("ours", "bare"))
     rival = f"Google's client alone, {bare:.2f} s against {ours:.2f} s"

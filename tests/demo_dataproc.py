@@ -17,10 +17,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import secret_server
+import small_shop
 import typer
 from dataproc_world import State, World, world
 from deploy_files import DEPLOY, ROOT
-from object_server import MISSING, SMALL_SHOP, find_server, running
+from object_server import MISSING, find_server, running
 from spark_runner import SMALL_LAKE, SparkRunner
 
 from couponflow.config import load_config
@@ -45,7 +46,7 @@ def main() -> None:
         known = {secret_store.STAND_IN: keys.url}
         runner = SparkRunner(folder / "drivers", url, settings=SMALL_LAKE, environment=known)
         here = stack.enter_context(world(folder, "rest", runner))
-        here.file.write_text(here.file.read_text(encoding="utf-8") + SMALL_SHOP, encoding="utf-8")
+        here.file.write_text(here.file.read_text(encoding="utf-8") + small_shop.SHOP, encoding="utf-8")
         play(here)
 
 

@@ -17,36 +17,6 @@ from couponflow.lake import connector, storage
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-#: A shop that comes in few files, for a config whose lake is on the server: every object costs a request.
-SMALL_SHOP = """
-[source]
-name = "synthetic"
-num_users = 150
-[world]
-rate = 0.6
-recency = 1.0
-campaign_first_day = 3
-campaign_every_days = 7
-late_share = 0.0
-retry_share = 0.0
-has_day_truth = false
-[conversions]
-source = "redemptions"
-window = "campaign"
-[vocabulary]
-max_oov_share = 1.0
-[examples]
-history_length = 20
-train_start = "2024-01-04"
-valid_start = "2024-01-11"
-test_start = "2024-01-18"
-[run]
-first_date = "2024-01-01"
-last_date = "2024-01-25"
-first_as_of = "2024-01-01"
-campaign_id = "3"
-run_date = "2024-01-18"
-"""
 MISSING = "fake-gcs-server is missing: go install github.com/fsouza/fake-gcs-server@v1.52.2 to .tools/bin"
 
 

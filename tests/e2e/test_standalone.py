@@ -1,4 +1,4 @@
-"""One master and two workers of Spark as processes of their own: what a submitted job needs reaches them.
+"""One master and two workers of Spark as processes of their own: what submitted jobs need reaches them.
 
 No process of this cluster can import the package but from the zip that is submitted.
 """
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pyspark
 import pytest
+import small_shop
 import torch
 from builders import D0, make_frame, make_row
 from object_server import free_port
 from packed_users import packed_users
 from pyspark.sql import SparkSession
 
+from couponflow import pipeline
 from couponflow.config import load_config
 from couponflow.dates import DateRange
 from couponflow.entry import record_run
@@ -114,6 +116,23 @@ def _package(path: Path) -> Path:
     return path
 
 
+def submit(folder: Path, cluster: str, python: Path, program: Path, *arguments: str) -> None:
+    """One application by spark-submit, which has to end with 0; ``folder`` gets what is sent."""
+    jar = next(SPARK.glob("jars/delta-storage-*.jar"))
+    # Under another name than the one that lies beside Spark's own.
+    sent = shutil.copyfile(jar, folder / "sent.jar")
+    command = [str(SPARK / "bin" / "spark-submit"), "--master", cluster, "--deploy-mode", "client"]
+    command += ["--py-files", str(_package(folder / "couponflow.zip")), "--jars", str(sent)]
+    command += ["--conf", "spark.executor.memory=512m", "--conf", "spark.sql.shuffle.partitions=2"]
+    command += ["--conf", "spark.scheduler.minRegisteredResourcesRatio=1.0", "--conf", "spark.cores.max=2"]
+    # The defaults are for tables of many files: 50 tasks to read a log of three.
+    command += ["--conf", "spark.databricks.delta.snapshotPartitions=2", str(program), *arguments]
+    done = subprocess.run(
+        command, env=_environment(python), cwd=folder, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_a_submitted_job_takes_package_bundle_and_jars_to_other_processes(
     spark: SparkSession, lake: Path, cluster: str, python: Path, tmp_path: Path
 ) -> None:
@@ -124,22 +143,9 @@ def test_a_submitted_job_takes_package_bundle_and_jars_to_other_processes(
     config = load_config(lake / "test.toml", (f"lake.root_uri='{expected / 'lake'}'", "scoring.model='dien'"))
     with record_run("score", config, DateRange.day(D0), "18") as job:
         score.run(spark, job)
-    jar = next(SPARK.glob("jars/delta-storage-*.jar"))
-    # Under another name than the one that lies beside Spark's own.
-    sent = shutil.copyfile(jar, tmp_path / "sent.jar")
-    command = [str(SPARK / "bin" / "spark-submit"), "--master", cluster, "--deploy-mode", "client"]
-    command += ["--py-files", str(_package(tmp_path / "couponflow.zip")), "--jars", str(sent)]
-    command += ["--conf", "spark.executor.memory=512m", "--conf", "spark.sql.shuffle.partitions=2"]
-    command += ["--conf", "spark.scheduler.minRegisteredResourcesRatio=1.0", "--conf", "spark.cores.max=2"]
-    # The defaults are for tables of many files: 50 tasks to read a log of three.
-    command += ["--conf", "spark.databricks.delta.snapshotPartitions=2"]
     job_file = shutil.copyfile(HOME / "jobs" / "score.py", tmp_path / "score.py")
-    command += [str(job_file), "--config", str(lake / "test.toml"), "--dates", str(D0)]
-    command += ["--campaign", "18", "--model", "dien"]
-    done = subprocess.run(
-        command, env=_environment(python), cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = ["--config", str(lake / "test.toml"), "--dates", str(D0)]
+    submit(tmp_path, cluster, python, job_file, *arguments, "--campaign", "18", "--model", "dien")
     (record,) = runs.load_all(str(lake / "lake"), "score")
     assert (record.status, record.rows) == ("ok", {"predictions": 60})
     executors = sorted(tmp_path.glob("work/app-*/*"))
@@ -153,3 +159,24 @@ def test_a_submitted_job_takes_package_bundle_and_jars_to_other_processes(
         for folder in (lake, expected)
     ]
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.nightly
+def test_the_whole_job_on_other_processes_leaves_what_it_leaves_in_one(
+    spark: SparkSession, cluster: str, python: Path, tmp_path: Path
+) -> None:
+    """Landing to hand-over, the ranks of the training as tasks of the two workers."""
+    configs = {}
+    for name in ("local", "cluster"):
+        (tmp_path / name).mkdir()
+        configs[name] = small_shop.write_config(tmp_path / name, str(tmp_path / name))
+    local = load_config(configs["local"])
+    pipeline.execute(local, pipeline.plan(local), lambda: spark, pipeline.Progress())
+    program = tmp_path / "run.py"
+    program.write_text("from couponflow.cli import app\n\napp()\n", encoding="utf-8")
+    arguments = ["run", "--config", str(configs["cluster"]), "--set", "training.launcher=spark"]
+    submit(tmp_path, cluster, python, program, *arguments)
+    found = small_shop.content(load_config(configs["cluster"]), spark)
+    assert found == small_shop.content(local, spark)
+    assert all(rows for table, (rows, _) in found.items() if table != "verdicts"), found
+    assert len(list(tmp_path.glob("work/app-*/*"))) == 2

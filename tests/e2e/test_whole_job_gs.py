@@ -10,58 +10,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_server import SMALL_SHOP, make_bucket, reaching
+import small_shop
+from object_server import make_bucket, reaching
 from pyspark.sql import SparkSession
 
 from couponflow import pipeline
 from couponflow.campaign import overview
 from couponflow.config import Config, load_config
-from couponflow.lake import leases, schemas, storage, tables
-
-CONFIG = """
-[lake]
-root_uri = "{root}/lake"
-time_zone = "America/New_York"
-[events]
-pseudonymise = false
-[model]
-hidden_dim = 8
-[training]
-max_epochs = 1
-num_ranks = 2
-[evaluation]
-num_draws = 50
-[scoring]
-model = "dien"
-[selection]
-control_share = 0.1
-[export]
-target_uri = "{root}/export"
-auto_approve = true
-"""
+from couponflow.lake import leases, schemas, storage
 
 
 class Shop:
     """One finished run under a root, and what it left."""
 
     def __init__(self, root: str, folder: Path, spark: SparkSession) -> None:
-        path = folder / "config.toml"
-        path.write_text(CONFIG.format(root=root) + SMALL_SHOP)
-        self.root, self.spark, self.config = root, spark, load_config(path)
+        self.root, self.spark = root, spark
+        self.config = load_config(small_shop.write_config(folder, root))
         self.outcomes = self.execute()
 
     def execute(self) -> list[pipeline.Outcome]:
         config: Config = self.config
         return pipeline.execute(config, pipeline.plan(config), lambda: self.spark, pipeline.Progress())
-
-    def content(self) -> dict[str, tuple[int, str]]:
-        """Rows and hash of every table, as ``couponflow status --content`` shows them."""
-        found = {
-            name: (rows, text)
-            for name, _, rows, text in pipeline.content(self.config.lake.root_uri, self.spark)
-        }
-        ledger = tables.read(self.spark, self.config.lake.root_uri, "assignments").drop("run_id")
-        return found | {"assignments": (ledger.count(), tables.content_hash(ledger))}
 
     def exported(self) -> bytes:
         (facts,) = [one.record.facts for one in self.outcomes if one.stage.job == "export_audience"]
@@ -82,8 +51,8 @@ def remote(spark: SparkSession, server: str, tmp_path_factory: pytest.TempPathFa
 
 
 def test_every_table_holds_what_it_holds_on_local_files(remote: Shop, local: Shop) -> None:
-    expected = local.content()
-    assert remote.content() == expected
+    expected = small_shop.content(local.config, local.spark)
+    assert small_shop.content(remote.config, remote.spark) == expected
     only_by_merge = {"history_states"}
     assert set(expected) == set(schemas.TABLES) - only_by_merge
     assert all(rows for table, (rows, _) in expected.items() if table != "verdicts"), expected
