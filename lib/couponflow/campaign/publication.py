@@ -15,9 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from py4j.protocol import Py4JJavaError
 from pyspark import Accumulator
-from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -94,7 +92,7 @@ def scored(
         }
         yield predictions, facts
         storage.remove_folder(place)
-    except (Py4JJavaError, PySparkException) as error:  # by where in its task the worker's error is met
+    except failures.SPARK_ERRORS as error:  # which, depends on where in its task the worker's error is met
         raise _as_ours(error, request) from error
     finally:
         spark.conf.set(_BATCH_ROWS, str(rows_before))

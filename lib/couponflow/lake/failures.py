@@ -3,11 +3,13 @@
 import re
 
 from py4j.protocol import Py4JJavaError
-from pyspark.errors import AnalysisException
+from pyspark.errors import AnalysisException, PySparkException
 
 from couponflow.errors import CommitConflictError, CouponflowError, DataError, InfraError, StoreBusyError
 from couponflow.lake import storage
 
+#: What an action of Spark raises: translated by PySpark, or as it came from the JVM.
+SPARK_ERRORS: tuple[type[Exception], ...] = (Py4JJavaError, PySparkException)
 #: How the connector words an answer of the store: status and reason, then what was asked of which bucket.
 _ANSWER = re.compile(r"\b([45]\d\d)\b[^\n]*\n\s*(?:GET|HEAD|POST|PUT|PATCH|DELETE) \S+/b/([^/?\s]+)")
 _DENIED = ("401", "403")
