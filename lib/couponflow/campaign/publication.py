@@ -149,7 +149,8 @@ def _score_parts(
     num_tasks = max(1, -(-num_users // (num_parts * section.arrow_batch_rows)))
     targets = ",".join(request.target_ids)
     examined = f"{request.run_date} {request.data_version} {shipped.sha256} {num_parts}"
-    asked = f"{request.campaign_id} {targets} {examined}"
+    # Parts scored in other chunks would differ in their last bits.
+    asked = f"{request.campaign_id} {targets} {examined} {section.arrow_batch_rows} {section.chunk_rows}"
     place = storage.join(request.root_uri, *PARTS, storage.sha256(asked.encode())[:16])
     started, num_new = perf_counter(), 0
     for number in range(num_parts):

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -142,7 +140,7 @@ def is_merged_only(spark: SparkSession, root_uri: str, table: str, since: int) -
     place = tables.table_uri(root_uri, table)
     try:
         rows = spark.sql(f"DESCRIBE HISTORY delta.`{place}`").select("version", "operation").collect()
-    except (Py4JJavaError, PySparkException) as error:
+    except failures.SPARK_ERRORS as error:
         raise DataError(
             f"table {table} at {place}: its history cannot be read ({failures.first_line(error)}); "
             "restore its _delta_log"

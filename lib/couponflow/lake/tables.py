@@ -19,8 +19,6 @@ from types import MappingProxyType
 from typing import Any
 
 from delta.tables import DeltaTable
-from py4j.protocol import Py4JJavaError
-from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -117,7 +115,7 @@ def read(
     try:
         frame = reader.load(uri)
         _check_schema_version(spark, declared, uri)
-    except (Py4JJavaError, PySparkException) as error:
+    except failures.SPARK_ERRORS as error:
         raise failures.read_error(error, table, uri) from error
     missing = [name for name in declared.column_names if name not in frame.columns]
     if missing:
@@ -254,7 +252,7 @@ def exists(spark: SparkSession, root_uri: str, table: str) -> bool:
 def _is_created(spark: SparkSession, table: str, uri: str) -> bool:
     try:
         return bool(DeltaTable.isDeltaTable(spark, uri))
-    except (Py4JJavaError, PySparkException) as error:
+    except failures.SPARK_ERRORS as error:
         raise failures.read_error(error, table, uri) from error
 
 
@@ -381,7 +379,7 @@ def _check_schema_version(spark: SparkSession, declared: declarations.Table, uri
     """
     try:
         version = _property(spark, uri, VERSION_PROPERTY)
-    except (Py4JJavaError, PySparkException) as error:
+    except failures.SPARK_ERRORS as error:
         raise failures.read_error(error, declared.name, uri) from error
     if version != str(schemas.SCHEMA_VERSION):
         raise DataError(
@@ -434,7 +432,7 @@ def _rows_committed(spark: SparkSession, uri: str, mark: str, metric: str = "num
         history = (
             DeltaTable.forPath(spark, uri).history(20).select("userMetadata", "operationMetrics").collect()
         )
-    except (Py4JJavaError, PySparkException) as error:
+    except failures.SPARK_ERRORS as error:
         where = f"table at {uri}"
         ours = failures.store_error(error, where) or failures.damage(error, where)
         reason = failures.first_line(error)

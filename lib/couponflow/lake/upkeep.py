@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import unquote
 
-from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 
 from couponflow.errors import ConfigError, InfraError
@@ -95,7 +94,7 @@ def _vacuum(spark: SparkSession, root_uri: str, table: str, hours: int, mode: st
             rows = spark.sql(
                 f"VACUUM {tables.sql_name(root_uri, table)} RETAIN {int(hours)} HOURS{mode}"
             ).collect()
-        except PySparkException as error:
+        except failures.SPARK_ERRORS as error:
             raise failures.store_error(error, f"table {table}") or InfraError(
                 f"table {table}: VACUUM failed ({failures.first_line(error)}); check access and run again"
             ) from error
