@@ -16,7 +16,7 @@ class ScoringConfig(Section):
         "model version.",
     )
     arrow_batch_rows: int = Field(
-        default=10_000, ge=1, description="Users per Arrow batch and, about, per task."
+        default=10_000, ge=1, description="Users per Arrow batch; about three batches make a task."
     )
     chunk_rows: int = Field(
         default=2_048, ge=1, description="Users scored at once, sorted by history length. Lower: less memory."
@@ -42,6 +42,15 @@ class ScoringConfig(Section):
         description="Population stability index allowed against the campaign's last scores; above .25 the "
         "population counts as another one.",
     )
+
+    def num_tasks(self, num_users: int) -> int:
+        """Tasks of so many users: by their number alone, so that any cluster makes the same ones.
+
+        Few users are spread over four tasks at most, a batch in each; of many, three batches share the cost
+        of a task.
+        """
+        num_batches = max(1, -(-num_users // self.arrow_batch_rows))
+        return max(min(4, num_batches), -(-num_batches // 3))
 
 
 class CouponOption(Section):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from couponflow.campaigning import ScoringConfig
 from couponflow.config import Config, load_config
 from couponflow.errors import ConfigError
 
@@ -138,3 +139,21 @@ def test_every_field_is_described() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "deploy" / "env").glob("*.toml")), ids=lambda path: path.name)
 def test_shipped_configs_load(path: Path) -> None:
     assert load_config(path).lake.root_uri
+
+
+@pytest.mark.parametrize(
+    ("users", "tasks"),
+    [
+        (0, 1),
+        (1, 1),
+        (10_000, 1),
+        (10_001, 2),
+        (40_000, 4),
+        (100_000, 4),
+        (120_000, 4),
+        (120_001, 5),
+        (10**6, 34),
+    ],
+)
+def test_scoring_tasks_by_the_number_of_users(users: int, tasks: int) -> None:
+    assert ScoringConfig().num_tasks(users) == tasks

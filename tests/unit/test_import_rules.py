@@ -207,6 +207,16 @@ def test_no_module_imports_in_a_circle() -> None:
         visit(name, ())
 
 
+def test_python_workers_have_one_door() -> None:
+    using = {
+        name
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in ("mapInArrow", "mapInPandas", "mapPartitions")
+    }
+    assert using == {"lake.workers"}
+
+
 def test_the_library_never_imports_jobs() -> None:
     wrong = [
         f"{name}:{line}" for name in MODULES for i, _, line in imports(name) if i.split(".")[0] == "jobs"

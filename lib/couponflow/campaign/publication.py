@@ -146,7 +146,7 @@ def _score_parts(
     """Write every part that is not there yet; returns where they lie, and their number."""
     section = request.section
     num_parts = max(1, -(-num_users // section.part_users))
-    num_tasks = max(1, -(-num_users // (num_parts * section.arrow_batch_rows)))
+    num_tasks = section.num_tasks(-(-num_users // num_parts))
     targets = ",".join(request.target_ids)
     examined = f"{request.run_date} {request.data_version} {shipped.sha256} {num_parts}"
     # Parts scored in other chunks would differ in their last bits.

@@ -20,7 +20,7 @@ from pyspark.sql.pandas.functions import pandas_udf
 from couponflow.campaign.scores.shipping import ShippedBundle, is_open, on_worker
 from couponflow.campaigning import ScoringConfig
 from couponflow.errors import DataError
-from couponflow.lake import layouts, schemas, tables
+from couponflow.lake import layouts, schemas, tables, workers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,7 +72,7 @@ def score_rows(
         DataError: packed columns disagree with the declared sizes.
     """
     from couponflow.models import tabular
-    from couponflow.models.batch import decode, decode_targets
+    from couponflow.models.batch import decode, targets_of
     from couponflow.models.calibration import sigmoid
 
     length = rows.column("length").to_numpy(zero_copy_only=False).astype(np.int64)
@@ -80,7 +80,7 @@ def score_rows(
     if (histories.sizes != _EVENT_BYTES * length).any():
         raise DataError("scoring_examples: length and history disagree; rebuild the examples")
     asked = _asked(rows, campaign_ids)
-    targets = decode_targets(asked.members, asked.wide)
+    targets = targets_of(asked.members, asked.num_members, asked.wide)
     logits = np.empty(len(asked.row), np.float64)
     by_length = np.argsort(length, kind="stable")
     for start in range(0, len(by_length), chunk_rows):
@@ -96,10 +96,10 @@ def score_rows(
     campaigns = pa.array(np.asarray(campaign_ids, object)[asked.campaign], pa.string())
     arrays = [
         campaigns,
-        pa.array([run_date] * asked.row.size, pa.date32()),
+        pa.repeat(pa.scalar(run_date, pa.date32()), asked.row.size),
         rows.column("user_id").take(pa.array(asked.row)),
         campaigns,
-        pa.array([bundle.model_version] * asked.row.size, pa.string()),
+        pa.repeat(bundle.model_version, asked.row.size),
         pa.array(sigmoid(logits), pa.float64()),
         pa.array(bundle.probabilities(logits, types), pa.float64()),
         pa.array(length[asked.row] == 0, pa.bool_()),
@@ -124,19 +124,23 @@ class _Bytes:
         """The value of a row."""
         return self.content[self.start[row] : self.start[row] + self.sizes[row]]
 
-    def parts(self, start: "NDArray[np.int64]", sizes: "NDArray[np.int64]") -> list[memoryview]:
-        """Ranges of bytes of the whole column."""
-        ends = (start + sizes).tolist()
-        return [self.content[first:last] for first, last in zip(start.tolist(), ends, strict=True)]
+    def joined(self) -> memoryview:
+        """All values, end to end."""
+        first = int(self.start[0]) if self.start.size else 0
+        return self.content[first : first + int(self.sizes.sum())]
 
 
 class _Asked(NamedTuple):
-    """Pairs of row and campaign, row by row: both places [R], members and aggregates of the target."""
+    """Pairs of row and campaign, row by row: both places [R], and the target.
+
+    ``num_members`` [R] records of ``members`` [M,3] each; ``wide`` [R,F] aggregates.
+    """
 
     row: "NDArray[np.int64]"
     campaign: "NDArray[np.int64]"
-    members: list[memoryview]
-    wide: list[memoryview]
+    num_members: "NDArray[np.int64]"
+    members: "NDArray[np.int32]"
+    wide: "NDArray[np.float32]"
 
 
 def _asked(rows: pa.RecordBatch, campaign_ids: Sequence[str]) -> _Asked:
@@ -163,17 +167,14 @@ def _asked(rows: pa.RecordBatch, campaign_ids: Sequence[str]) -> _Asked:
     row = np.repeat(np.arange(len(num_targets)), num_targets)[place]
     order = np.lexsort((campaign[place], row))
     place, row = place[order], row[order]
-    members = targets.parts(
-        targets.start[row] + _MEMBER_BYTES * (before[place] - before[first[row]]),
-        _MEMBER_BYTES * sizes[place],
-    )
-    aggregates = wide.parts(
-        wide.start[row] + _WIDE_BYTES * (place - first[row]), np.full(len(row), _WIDE_BYTES)
-    )
-    return _Asked(row, campaign[place], members, aggregates)
+    size = sizes[place]
+    of_members = np.arange(size.sum()) + np.repeat(before[place] - (np.cumsum(size) - size), size)
+    members = np.frombuffer(targets.joined(), "<i4").reshape(-1, len(layouts.TARGET_FIELDS))[of_members]
+    aggregates = np.frombuffer(wide.joined(), "<f4").reshape(-1, len(layouts.WIDE_FEATURES))[place]
+    return _Asked(row, campaign[place], size, members, aggregates)
 
 
-def target_of(row: Mapping[str, Any], campaign_id: str) -> tuple[memoryview, memoryview] | None:
+def target_of(row: Mapping[str, Any], campaign_id: str) -> tuple[bytes, bytes] | None:
     """Packed members and aggregates of a campaign's target in one row of ``scoring_examples``; None without.
 
     Raises:
@@ -182,7 +183,7 @@ def target_of(row: Mapping[str, Any], campaign_id: str) -> tuple[memoryview, mem
     held = {name: row[name] for name in ("target_ids", "target_sizes")}
     held |= {name: bytes(row[name]) for name in ("targets", "wide")}
     asked = _asked(pa.RecordBatch.from_pylist([held], schema=_PACKED), [campaign_id])
-    return (asked.members[0], asked.wide[0]) if asked.row.size else None
+    return (asked.members.tobytes(), asked.wide.tobytes()) if asked.row.size else None
 
 
 def score_users(
@@ -210,7 +211,7 @@ def score_users(
         chunk_rows=chunk_rows,
         loads=loads,
     )
-    return spread.mapInArrow(work, tables.struct_type(schemas.TABLES["predictions"].columns))
+    return workers.map_in_arrow(spread, work, tables.struct_type(schemas.TABLES["predictions"].columns))
 
 
 def score_udf(shipped: ShippedBundle) -> Callable[..., Column]:
@@ -238,6 +239,7 @@ def score_udf(shipped: ShippedBundle) -> Callable[..., Column]:
                 "conversion_probability": bundle.probabilities(logits, types),
             }
             yield pd.DataFrame(columns)
+        workers.settle()
 
     made: Callable[..., Column] = pandas_udf(scores, "score double, conversion_probability double")  # type: ignore[call-overload]  # its stubs know no iterator of tuples
     return made

@@ -34,6 +34,7 @@ from couponflow.lake import (
     retries,
     schemas,
     storage,
+    workers,
 )
 
 log = logging.getLogger("couponflow")
@@ -177,7 +178,7 @@ def overwrite(
     faults.check(root_uri, str(frame.sparkSession.sparkContext.master))
     faults.fire(root_uri, table, "before_write", day)
     if faults.is_set(table, "during_write", day):
-        shaped = shaped.mapInArrow(faults.passing(root_uri), shaped.schema)
+        shaped = workers.map_in_arrow(shaped, faults.passing(root_uri), shaped.schema)
     metering.charge(shaped)
     _create_if_absent(frame.sparkSession, declared, uri)
     mark = f"{run_id} {uuid.uuid4().hex[:8]}"

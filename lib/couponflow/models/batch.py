@@ -152,9 +152,8 @@ def decode(
     _refuse("history", "holds id 0", length, (events[:, :_IDS] < layouts.OOV).any(1))
     _refuse("history", "holds an event after as_of", length, events[:, _IDS] < 0)
     asked = decode_targets([b""] * size if target is None else target, [b""] * size if wide is None else wide)
-    if negatives is None:
-        drawn = np.zeros((events.shape[0], _NEGATIVE), np.int32)
-    else:
+    drawn = None
+    if negatives is not None:
         drawn, num_drawn = _records("negatives", negatives, _NEGATIVE)
         if wrong := np.flatnonzero(num_drawn != length).tolist():
             raise DataError(
@@ -164,7 +163,10 @@ def decode(
         _refuse("negatives", "holds a negative id", length, (drawn < 0).any(1))
 
     item, category, shop, event_type, age = (_pad(events[:, n], length) for n in range(_HISTORY))
-    neg_item, neg_category = (_pad(drawn[:, n], length) for n in range(_NEGATIVE))
+    if drawn is None:
+        neg_item = neg_category = np.zeros_like(item)
+    else:
+        neg_item, neg_category = (_pad(drawn[:, n], length) for n in range(_NEGATIVE))
     return Batch(
         hist_item=torch.from_numpy(item),
         hist_category=torch.from_numpy(category),
@@ -193,9 +195,19 @@ def decode_targets(target: Sequence[Packed], wide: Sequence[Packed]) -> Targets:
     if len(target) != len(wide):
         raise DataError(f"target has {len(target)} rows, wide {len(wide)}; rebuild the examples")
     members, num_members = _records("target", target, _TARGET)
+    return targets_of(members, num_members, _wide_matrix(wide))
+
+
+def targets_of(members: Array, num_members: Array, wide: Array) -> Targets:
+    """Targets that are unpacked already: records [M,3] of all, how many each row has [B], aggregates [B,F].
+
+    Raises:
+        DataError: a target holds a negative id, or an aggregate is not finite.
+    """
     _refuse("target", "holds a negative id", num_members, (members < 0).any(1))
+    _refuse_infinite(wide)
     item, category, shop = (torch.from_numpy(_pad(members[:, n], num_members)) for n in range(_TARGET))
-    return Targets(item, category, shop, torch.from_numpy(decode_wide(wide)))
+    return Targets(item, category, shop, torch.from_numpy(wide))
 
 
 def feature_ids(batch: Batch, targets: Targets | None = None) -> dict[str, tuple[Tensor, ...]]:
@@ -317,6 +329,12 @@ def decode_wide(values: Sequence[Packed]) -> Array:
     Raises:
         DataError: rows differ in length, or a value is not finite.
     """
+    wide = _wide_matrix(values)
+    _refuse_infinite(wide)
+    return wide
+
+
+def _wide_matrix(values: Sequence[Packed]) -> Array:
     num_bytes = np.fromiter(map(len, values), np.int64, len(values))
     expected = int(num_bytes[0]) if num_bytes.size else 0
     wrong = np.flatnonzero((num_bytes != expected) | (num_bytes % 4 != 0))
@@ -324,11 +342,13 @@ def decode_wide(values: Sequence[Packed]) -> Array:
         raise DataError(
             f"wide of row {wrong[0]}: {num_bytes[wrong[0]]} bytes, row 0 has {expected}; rebuild the examples"
         )
-    wide = np.frombuffer(b"".join(values), "<f4").reshape(len(values), expected // 4).astype(np.float32)
+    return np.frombuffer(b"".join(values), "<f4").reshape(len(values), expected // 4).astype(np.float32)
+
+
+def _refuse_infinite(wide: Array) -> None:
     if not np.isfinite(wide).all():
         row = int(np.flatnonzero(~np.isfinite(wide).all(1))[0])
         raise DataError(f"wide of row {row} is not finite; rebuild the examples")
-    return wide
 
 
 def _floats(values: Sequence[float]) -> Array:

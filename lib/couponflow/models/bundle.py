@@ -260,7 +260,8 @@ def _network_logits(
         with torch.inference_mode():
             for start in range(0, len(shortest_first), chunk_rows):
                 rows = shortest_first[start : start + chunk_rows]
-                read = network.read(histories.take(rows).to(device))
+                is_whole = len(rows) == histories.size and bool((np.diff(rows) == 1).all())
+                read = network.read((histories if is_whole else histories.take(rows)).to(device))
                 # The n-th targets of all histories of the chunk together: no history twice in a pass.
                 for number in range(num_asked[rows].max()):
                     places = np.flatnonzero(num_asked[rows] > number)

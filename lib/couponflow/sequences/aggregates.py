@@ -11,7 +11,7 @@ from functools import reduce
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.lake import layouts
+from couponflow.lake import layouts, workers
 from couponflow.sequences import affinity, contacts, measures, packing
 
 #: Days written where an event never happened.
@@ -68,19 +68,17 @@ def build(
     )
     joined = reduce(lambda left, right: left.join(right[0], right[1], "left"), frames, population)
     rate = measures.ratio(F.col("num_redeemed_campaigns"), F.col("num_campaigns_received"))
-    return (
-        joined.withColumn("redemption_rate", rate)
-        .select(
-            "user_id",
-            "campaign_id",
-            "as_of",
-            "as_of_date",
-            F.expr(f"array({', '.join(map(_finished, layouts.WIDE_FEATURES))})").alias("wide"),
-        )
-        .mapInArrow(
-            packing.with_packed_wide,
-            "user_id string, campaign_id string, as_of timestamp, as_of_date date, wide binary",
-        )
+    finished = joined.withColumn("redemption_rate", rate).select(
+        "user_id",
+        "campaign_id",
+        "as_of",
+        "as_of_date",
+        F.expr(f"array({', '.join(map(_finished, layouts.WIDE_FEATURES))})").alias("wide"),
+    )
+    return workers.map_in_arrow(
+        finished,
+        packing.with_packed_wide,
+        "user_id string, campaign_id string, as_of timestamp, as_of_date date, wide binary",
     )
 
 
