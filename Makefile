@@ -65,6 +65,10 @@ soak-faults: install .stamps/gcs ## ROUNDS faults drawn from SEED, each against 
 	COUPONFLOW_SOAK_SEED=$(SEED) COUPONFLOW_SOAK_ROUNDS=$(ROUNDS) \
 	  $(PYTHON) -m pytest -q -s -m nightly tests/e2e/test_soak.py
 
+.PHONY: nightly
+nightly: install .stamps/gcs ## hours: each point at which a run can be killed, 200 races on gs://, both soaks (SEED, ROUNDS)
+	COUPONFLOW_SOAK_SEED=$(SEED) COUPONFLOW_SOAK_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest -q -s -m nightly $(ONLY)
+
 .PHONY: check
 check: install ## ruff, mypy strict, the import rules; linters of workflows, YAML and shell scripts
 	.venv/bin/ruff format --check .

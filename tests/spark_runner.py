@@ -28,8 +28,13 @@ CLUSTER_ONLY = (
 )
 #: Of this process's environment, what a driver needs to find its programs. All else stays out.
 KEPT = ("PATH", "HOME", "JAVA_HOME", "LANG", "TMPDIR")
-#: A lake of a few hundred rows on two cores: the defaults would start hundreds of tasks for each of its logs.
+#: A lake of a few hundred rows on two cores: the defaults would start hundreds of tasks for each of its logs,
+#: and compile, optimise and plan anew what runs once.
 SMALL_LAKE = {
+    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
+    "spark.sql.adaptive.enabled": "false",
+    "spark.sql.codegen.wholeStage": "false",
+    "spark.sql.codegen.factoryMode": "NO_CODEGEN",
     "spark.sql.shuffle.partitions": "2",
     "spark.databricks.delta.snapshotPartitions": "2",
     "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",

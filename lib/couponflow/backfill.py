@@ -5,6 +5,7 @@ again. Chunks that run at once never replace the same dates. In this process one
 the plan replaces until the command ends. Contents do not depend on chunks, order, repetition or place.
 """
 
+import logging
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -18,9 +19,11 @@ from couponflow.backfill_plan import WHOLE, Part, Plan, chunks
 from couponflow.config import Config
 from couponflow.dates import MAX_DAYS, DateRange
 from couponflow.entry import record_run
-from couponflow.errors import ConfigError, DataError
+from couponflow.errors import ConfigError, CouponflowError, DataError
 from couponflow.lake import leases, runs
 from couponflow.pipeline import Outcome, Progress, Stage
+
+log = logging.getLogger("couponflow")
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,17 @@ class _Here:
         job, session = pipeline.load_job(part.job), self._spark()
 
         def run_one(dates: DateRange) -> runs.RunRecord:
-            with record_run(part.job, self._config, dates, part.campaign, within=self._run_id) as run:
-                job.run(session, run)
+            try:
+                with record_run(part.job, self._config, dates, part.campaign, within=self._run_id) as run:
+                    job.run(session, run)
+            except CouponflowError:  # the same command would pass over dates that are recorded as failed
+                log.warning(
+                    "%s %s failed; when its cause is gone, repeat this command with "
+                    "--reprocess-behavior failed",
+                    part.name,
+                    dates,
+                )
+                raise
             return run.record
 
         return run_one

@@ -14,6 +14,7 @@ from pyspark.sql import SparkSession
 from typer.testing import CliRunner
 
 from couponflow import pipeline
+from couponflow.cli import app
 from couponflow.lake import erased, runs, tables
 
 CONFIG = """
@@ -244,3 +245,20 @@ def test_failures_are_on_record(lake: Lake) -> None:
     failed = [record for record in runs.load_all(str(lake.root)) if record.status == "failed"]
     assert failed
     assert all(record.error for record in failed)
+
+
+@pytest.mark.usefixtures("refused")  # puts the delivery back, whatever happens
+def test_a_backfill_names_what_its_failed_dates_need(lake: Lake, caplog: pytest.LogCaptureFixture) -> None:
+    """Dates that failed are passed over until the option asks for them."""
+    path, day = lake.path("events", DAYS[1]), DAYS[1]
+    content = path.read_bytes()
+    path.write_bytes(b"\xff" * 2_000)
+    call = ["backfill", "clean_events", "--config", str(lake.config), "--from-date", day, "--to-date", day]
+    call += ["--reprocess-behavior", "completed"]
+    assert CliRunner().invoke(app, call).exit_code == 3
+    assert f"clean_events {day}:{day} failed" in caplog.text
+    assert "repeat this command with --reprocess-behavior failed" in caplog.text
+    path.write_bytes(content)
+    assert "0 days" in CliRunner().invoke(app, call[:-2]).output
+    done = CliRunner().invoke(app, [*call[:-1], "failed"])
+    assert (done.exit_code, "1 days" in done.output) == (0, True), done.output

@@ -299,9 +299,35 @@ def test_a_run_that_died_goes_on_with_what_is_finished(
         assert facts["num_users"] == 50
         resumed = tables.content_hash(predictions)
     monkeypatch.delenv(faults.VARIABLE)
+    assert not list((tmp_path / "lake").rglob("*.parquet"))
     undisturbed = request(tmp_path / "other", part_users=20)
     with publication.scored(undisturbed, examples, master, None, folder) as (predictions, _):
         assert resumed == tables.content_hash(predictions)
+
+
+def test_parts_that_nobody_will_finish_go_with_the_next_run_of_the_day(
+    spark: SparkSession, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The examples changed between a run that died and the next; another day's parts stay."""
+    users = packed_users(20)
+    examples, master = examples_frame(spark, users), master_of(spark, users)
+    day_after = D0 + timedelta(1)
+    for day in (D0, day_after):
+        monkeypatch.setenv(faults.VARIABLE, "score:part:exc")
+        for marker in (tmp_path / "lake").glob(".fault-*"):
+            marker.unlink()
+        asked = replace(request(tmp_path), run_date=day)
+        with (
+            pytest.raises(InfraError, match="on purpose"),
+            publication.scored(asked, examples, master, None, folder),
+        ):
+            raise AssertionError("nothing is lent")
+    monkeypatch.delenv(faults.VARIABLE)
+    newer = replace(request(tmp_path), data_version="1")
+    with publication.scored(newer, examples, master, None, folder):
+        pass
+    left = {path.parents[2].name for path in (tmp_path / "lake").rglob("_SUCCESS")}
+    assert left == {f"18_{day_after}"}
 
 
 def test_other_vocabulary_or_malformed_examples_stop(

@@ -1,6 +1,7 @@
 """What the benchmarks store: bounds have a direction, claims are found by file and by name. No JVM."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,30 @@ def test_measured_claims_replace_their_lines_and_others_stay(
     assert [(line["name"], line["value"]) for line in lines] == [("history_1g", 1.0), ("skew_50k_user", 3.0)]
     fields = "name value unit bound holds runs rival machine commit"
     assert set(lines[0]) == set(fields.split())
+
+
+def test_a_benchmark_that_fails_leaves_the_others_their_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(module: str, names: tuple[str, ...]) -> list[Claim]:
+        if module == "feed":
+            raise RuntimeError("no room")
+        return [Claim(name, 2.0, "x", 1.0, 1, "r") for name in names]
+
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(run, "measured", measured)
+    assert run.main(["feed", "one_day"]) == 1
+    assert [line["name"] for line in json.loads((tmp_path / "results.json").read_text())] == [
+        "one_day_vs_full"
+    ]
+    assert "nothing is said of them: feed" in capsys.readouterr().out
+    assert run.main(["one_day"]) == 0
+
+
+def test_the_error_of_a_benchmark_comes_out_of_its_process() -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such_benchmark"):
+        run.measured("no_such_benchmark", ())
+    assert "bench.no_such_benchmark" not in sys.modules
 
 
 def test_ratios_are_medians_over_rounds() -> None:

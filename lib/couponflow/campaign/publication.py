@@ -2,7 +2,8 @@
 
 The users are scored in parts, by hash; a part that is finished lies under ``work/scores`` of the lake until
 the scores are published, so that a run that was killed goes on where it was. Then come the gates, then one
-commit. Nothing else reads the parts.
+commit. Nothing else reads the parts; those of runs with other examples or another model, which nobody will
+finish, go with the first that ends.
 """
 
 import logging
@@ -79,7 +80,7 @@ def scored(
         try:
             facts = _checked(request, predictions, users, before, shipped.base_rate)
         except DataError:
-            storage.remove_folder(place)
+            storage.remove_folder(_parts_of(request))
             raise
         facts |= {
             "model_version": shipped.model_version,
@@ -91,7 +92,7 @@ def scored(
             "bundle_loads": loads.value,
         }
         yield predictions, facts
-        storage.remove_folder(place)
+        storage.remove_folder(_parts_of(request))
     except failures.SPARK_ERRORS as error:  # which, depends on where in its task the worker's error is met
         raise _as_ours(error, request) from error
     finally:
@@ -148,10 +149,10 @@ def _score_parts(
     num_parts = max(1, -(-num_users // section.part_users))
     num_tasks = section.num_tasks(-(-num_users // num_parts))
     targets = ",".join(request.target_ids)
-    examined = f"{request.run_date} {request.data_version} {shipped.sha256} {num_parts}"
+    examined = f"{request.data_version} {shipped.sha256} {num_parts}"
     # Parts scored in other chunks would differ in their last bits.
-    asked = f"{request.campaign_id} {targets} {examined} {section.arrow_batch_rows} {section.chunk_rows}"
-    place = storage.join(request.root_uri, *PARTS, storage.sha256(asked.encode())[:16])
+    asked = f"{targets} {examined} {section.arrow_batch_rows} {section.chunk_rows}"
+    place = storage.join(_parts_of(request), storage.sha256(asked.encode())[:16])
     started, num_new = perf_counter(), 0
     for number in range(num_parts):
         uri = _part(place, number)
@@ -178,6 +179,10 @@ def _score_parts(
         )
         faults.fire(request.root_uri, "score", "part", str(number))
     return place, num_parts
+
+
+def _parts_of(request: Request) -> str:
+    return storage.join(request.root_uri, *PARTS, f"{request.campaign_id}_{request.run_date}")
 
 
 def _part(place: str, number: int) -> str:
