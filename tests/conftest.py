@@ -11,6 +11,7 @@ from builders import test_config
 from chromium import MISSING, Chromium, find_program
 
 from couponflow.config import Config
+from couponflow.lake import workers
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -44,12 +45,20 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 @pytest.fixture(autouse=True)
 def _frames_are_forgotten(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The shared JVM keeps no plan of a test: of a frame in a cycle, of a lake whose log is cached."""
+    """The shared JVM keeps no plan of a frame that a test has left in a cycle."""
     yield
     if request.path.parent.name == "unit":
         return  # no frames there, and a collection takes longer than most of those tests
     gc.collect()
-    if (session := _running_session()) is not None and session._jvm is not None:
+    workers.settle()  # what packages have made is not looked through after every test
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _logs_are_forgotten(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The shared JVM keeps no log of a table of a module's lakes: a hundred lakes would fill its heap."""
+    yield
+    session = None if request.path.parent.name == "unit" else _running_session()
+    if session is not None and session._jvm is not None:
         session._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()
 
 

@@ -31,7 +31,6 @@ KEPT = ("PATH", "HOME", "JAVA_HOME", "LANG", "TMPDIR")
 #: A lake of a few hundred rows on two cores: the defaults would start hundreds of tasks for each of its logs,
 #: and compile, optimise and plan anew what runs once.
 SMALL_LAKE = {
-    "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1",
     "spark.sql.adaptive.enabled": "false",
     "spark.sql.codegen.wholeStage": "false",
     "spark.sql.codegen.factoryMode": "NO_CODEGEN",

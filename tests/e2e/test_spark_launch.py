@@ -75,6 +75,7 @@ def test_a_run_whose_rank_is_killed_ends_and_the_next_goes_on(tmp_path: Path, wh
     assert curves(trained(root)) == pytest.approx(curves(whole), abs=1e-6)
 
 
+@pytest.mark.nightly  # minutes; a rank that hangs is named below
 def test_a_rank_that_stops_is_named_and_takes_all_down(tmp_path: Path) -> None:
     config, root = make_lake(tmp_path)
     begun = time.monotonic()
