@@ -49,8 +49,8 @@ CLAIMS = (
     "many_targets",
 )
 USERS, FEW, STEPS, MEAN_LENGTH, RUNS = 100_000, 400, 100, 21, 5
-#: Users at once: the product's default, and the fastest of 512, 1,024 and 2,048 for plain torch.
-CHUNK, PLAIN_CHUNK = ScoringConfig().chunk_rows, 1_024
+#: Users at once: the product's default, and the fastest of 512, 1,024, 2,048 and 4,096 for plain torch.
+CHUNK, PLAIN_CHUNK = ScoringConfig().chunk_rows, 512
 #: As many as the score job makes of these users.
 TASKS = ScoringConfig().num_tasks(USERS)
 MANY_USERS, TARGETS = 500, 50

@@ -19,7 +19,7 @@ class ScoringConfig(Section):
         default=10_000, ge=1, description="Users per Arrow batch; about three batches make a task."
     )
     chunk_rows: int = Field(
-        default=2_048, ge=1, description="Users scored at once, sorted by history length. Lower: less memory."
+        default=4_096, ge=1, description="Users scored at once, sorted by history length. Lower: less memory."
     )
     part_users: int = Field(
         default=1_000_000,

@@ -44,6 +44,7 @@ def start(config: SparkConfig, app_name: str) -> SparkSession:
             # Every hash map and sorter of a task takes a page, however few its rows. Spark sizes pages by the
             # heap (64 MB here), and a plan with dozens of them fills it.
             .config("spark.buffer.pageSize", "2m")
+            .config("spark.shuffle.compress", "false")  # histories hardly shrink, and no network is saved
             .config("spark.sql.ui.explainMode", "simple")  # every plan is described, though nobody looks
             .config("spark.sql.codegen.cache.maxEntries", "1000")  # a backfill comes back to its plans
             .config("spark.driver.extraJavaOptions", "-Duser.timezone=UTC -XX:+UseParallelGC")
