@@ -7,12 +7,12 @@ Runs as a program for a side: ``python -m bench.python_tasks ours`` or ``plain``
 """
 
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from bench.run import Claim, in_turns, median_ratio
+from bench.served import Served, serve
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,34 +23,15 @@ TASKS, RUNS = 40, 7
 
 def measure(names: tuple[str, ...], runs: int = RUNS) -> list[Claim]:
     """Both sides in turns."""
-    sides = {name: _Side(name) for name in ("plain", "ours")}
+    sides = {name: Served("bench.python_tasks", name) for name in ("plain", "ours")}
     try:
         rounds = in_turns({name: side.run for name, side in sides.items()}, runs)
     finally:
         for side in sides.values():
-            side.process.communicate()
+            side.end()
     plain, ours = (statistics.median(one[name] for one in rounds) / TASKS * 1e3 for name in sides)
     rival = f"mapInArrow, {plain:.0f} ms a task against {ours:.0f} ms"
     return [Claim(names[0], median_ratio(rounds, "plain", "ours"), "x faster", 2.5, runs, rival)]
-
-
-class _Side:
-    """A process that runs the pass for every line it reads."""
-
-    def __init__(self, name: str) -> None:
-        command = [sys.executable, "-m", "bench.python_tasks", name]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._answered()
-
-    def run(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        self._answered()
-
-    def _answered(self) -> None:
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline(), "the process has died"
 
 
 def _passed(batches: "Iterable[pa.RecordBatch]") -> "Iterable[pa.RecordBatch]":
@@ -60,7 +41,7 @@ def _passed(batches: "Iterable[pa.RecordBatch]") -> "Iterable[pa.RecordBatch]":
     yield from batches
 
 
-def serve(name: str) -> None:
+def run_side(name: str) -> None:
     """One side."""
     from pyspark.sql import DataFrame
 
@@ -71,13 +52,8 @@ def serve(name: str) -> None:
     rows = spark.range(0, TASKS, 1, TASKS)
     make = DataFrame.mapInArrow if name == "plain" else workers.map_in_arrow
     frame = make(rows, _passed, "id long")
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    for _ in sys.stdin:
-        frame.write.format("noop").mode("overwrite").save()
-        sys.stdout.write("done\n")
-        sys.stdout.flush()
+    serve(frame.write.format("noop").mode("overwrite").save)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    run_side(sys.argv[1])

@@ -15,7 +15,6 @@ timed the scores of all sides are compared. Value: users per second of ours over
 Runs as a program for the ceiling: ``python -m bench.scoring FOLDER PART``.
 """
 
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.functions import pandas_udf
 
 from bench.run import Action, Claim, in_turns, median_ratio
+from bench.served import Served, serve
 from couponflow.campaign import scoring
 from couponflow.campaign.scores import shipping
 from couponflow.campaigning import ScoringConfig
@@ -162,30 +162,8 @@ def ours(examples: DataFrame, shipped: shipping.ShippedBundle) -> DataFrame:
     return scoring.score_users(examples, shipped, ["0"], DAY, CHUNK, TASKS).select("user_id", "score")
 
 
-def ceiling(folder: Path) -> list["subprocess.Popen[str]"]:
-    """Two processes that hold half of the users each, decoded, and score them for every line they read."""
-    started = []
-    for part in range(2):
-        command = [sys.executable, "-m", "bench.scoring", str(folder), str(part)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        _answer(process)  # ready
-        started.append(process)
-    return started
-
-
-def _ask(process: "subprocess.Popen[str]") -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-
-
-def _answer(process: "subprocess.Popen[str]") -> None:
-    assert process.stdout is not None
-    assert process.stdout.readline(), "the process has died"
-
-
-def serve(folder: Path, part: int) -> None:
-    """One process of the ceiling."""
+def score_part(folder: Path, part: int) -> None:
+    """One process of the ceiling: it holds half of the users, decoded."""
     import torch
 
     from couponflow.models.batch import decode
@@ -193,12 +171,7 @@ def serve(folder: Path, part: int) -> None:
     torch.set_num_threads(1)
     own = pq.read_table(folder / "users.parquet").to_pylist()[part::2]
     bundle, batch = make_bundle(), decode(*[[row[name] for row in own] for name in _COLUMNS])
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    for _ in sys.stdin:
-        bundle.logits(batch, CHUNK)
-        sys.stdout.write("done\n")
-        sys.stdout.flush()
+    serve(lambda: bundle.logits(batch, CHUNK))
 
 
 def check_equal(frames: dict[str, DataFrame]) -> None:
@@ -259,19 +232,19 @@ def _in_spark(
     }
     check_equal(frames)
     actions: dict[str, Action] = {name: _sink(frame) for name, frame in frames.items()}
-    processes = ceiling(folder)
+    processes = [Served("bench.scoring", str(folder), str(part)) for part in range(2)]
 
     def at_the_ceiling() -> None:
         for process in processes:
-            _ask(process)
+            process.ask()
         for process in processes:
-            _answer(process)
+            process.answer()
 
     try:
         rounds = in_turns(actions | {"ceiling": at_the_ceiling}, runs)
     finally:
         for process in processes:
-            process.communicate()
+            process.end()
     num_few = few.count()
     each = [{**seconds, "row_by_row": seconds["row_by_row"] * num_users / num_few} for seconds in rounds]
     speed = {name: num_users / sorted(one[name] for one in each)[len(each) // 2] for name in each[0]}
@@ -300,4 +273,4 @@ def _sink(frame: DataFrame) -> Action:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), int(sys.argv[2]))
+    score_part(Path(sys.argv[1]), int(sys.argv[2]))

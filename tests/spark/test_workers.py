@@ -44,8 +44,7 @@ def test_a_task_meets_what_the_one_before_has_settled(spark: SparkSession) -> No
         assert row.frozen > 10 * row.tracked
 
 
-def test_imports_still_work_after_settling() -> None:
-    """Importers come back when they are needed; only new modules freeze anew."""
+def test_objects_are_frozen_anew_only_after_new_modules() -> None:
     try:
         workers.settle()
         first = gc.get_freeze_count()
