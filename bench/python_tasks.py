@@ -45,12 +45,12 @@ def run_side(name: str) -> None:
     """One side."""
     from pyspark.sql import DataFrame
 
-    from couponflow.lake import session, workers
+    from couponflow.lake import python_tasks, session
     from couponflow.sections import SparkConfig
 
     spark = session.start(SparkConfig(master="local[1]"), "bench python_tasks")
     rows = spark.range(0, TASKS, 1, TASKS)
-    make = DataFrame.mapInArrow if name == "plain" else workers.map_in_arrow
+    make = DataFrame.mapInArrow if name == "plain" else python_tasks.map_in_arrow
     frame = make(rows, _passed, "id long")
     serve(frame.write.format("noop").mode("overwrite").save)
 

@@ -3,8 +3,8 @@
 The table: 100,000 users of ``scoring_examples``, geometric lengths with a mean of 21 of at most 100 events,
 one target of three members. Every side reads it with the same columns, decodes with the product's decoder,
 runs the same weights (product defaults) with one torch thread per Python worker on ``local[2]``, and writes
-to ``noop``; the rivals have workers of their own, which nobody settles (``lake.workers``). Before anything is
-timed the scores of all sides are compared. Value: users per second of ours over the rival's.
+to ``noop``; the rivals have workers of their own, which nobody settles (``lake.python_tasks``). Before
+anything is timed the scores of all sides are compared. Value: users per second of ours over the rival's.
 
 - padded: an iterator pandas UDF, plain torch (``bench.plain``), every chunk padded to 100 steps;
 - trimmed: the same, rows sorted by length and each chunk padded to its longest;

@@ -11,7 +11,7 @@ from builders import test_config
 from chromium import MISSING, Chromium, find_program
 
 from couponflow.config import Config
-from couponflow.lake import workers
+from couponflow.lake import python_tasks
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -50,7 +50,7 @@ def _frames_are_forgotten(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.parent.name == "unit":
         return  # no frames there, and a collection takes longer than most of those tests
     gc.collect()
-    workers.settle()  # what packages have made is not looked through after every test
+    python_tasks.settle()  # what packages have made is not looked through after every test
 
 
 @pytest.fixture(autouse=True, scope="module")

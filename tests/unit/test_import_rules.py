@@ -214,7 +214,7 @@ def test_python_workers_have_one_door() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in ("mapInArrow", "mapInPandas", "mapPartitions")
     }
-    assert using == {"lake.workers"}
+    assert using == {"lake.python_tasks"}
 
 
 def test_the_library_never_imports_jobs() -> None:

@@ -20,7 +20,7 @@ from pyspark.sql.pandas.functions import pandas_udf
 from couponflow.campaign.scores.shipping import ShippedBundle, is_open, on_worker
 from couponflow.campaigning import ScoringConfig
 from couponflow.errors import DataError
-from couponflow.lake import layouts, schemas, tables, workers
+from couponflow.lake import layouts, python_tasks, schemas, tables
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -211,7 +211,7 @@ def score_users(
         chunk_rows=chunk_rows,
         loads=loads,
     )
-    return workers.map_in_arrow(spread, work, tables.struct_type(schemas.TABLES["predictions"].columns))
+    return python_tasks.map_in_arrow(spread, work, tables.struct_type(schemas.TABLES["predictions"].columns))
 
 
 def score_udf(shipped: ShippedBundle) -> Callable[..., Column]:
@@ -239,7 +239,7 @@ def score_udf(shipped: ShippedBundle) -> Callable[..., Column]:
                 "conversion_probability": bundle.probabilities(logits, types),
             }
             yield pd.DataFrame(columns)
-        workers.settle()
+        python_tasks.settle()
 
     made: Callable[..., Column] = pandas_udf(scores, "score double, conversion_probability double")  # type: ignore[call-overload]  # its stubs know no iterator of tuples
     return made

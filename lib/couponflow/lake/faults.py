@@ -82,7 +82,7 @@ def is_set(stage: str, point: str, place: date | str | None = None) -> bool:
 
 
 def passing(root_uri: str) -> "Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]":
-    """Work for ``workers.map_in_arrow`` that hands rows on and fires, once, at the end of a partition.
+    """Work for ``python_tasks.map_in_arrow`` that hands rows on and fires, once, at the end of a partition.
 
     By then other tasks may have left data files; the action meets the driver, not the Python worker.
     """

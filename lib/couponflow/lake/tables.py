@@ -31,10 +31,10 @@ from couponflow.lake import (
     faults,
     literals,
     metering,
+    python_tasks,
     retries,
     schemas,
     storage,
-    workers,
 )
 
 log = logging.getLogger("couponflow")
@@ -178,7 +178,7 @@ def overwrite(
     faults.check(root_uri, str(frame.sparkSession.sparkContext.master))
     faults.fire(root_uri, table, "before_write", day)
     if faults.is_set(table, "during_write", day):
-        shaped = workers.map_in_arrow(shaped, faults.passing(root_uri), shaped.schema)
+        shaped = python_tasks.map_in_arrow(shaped, faults.passing(root_uri), shaped.schema)
     metering.charge(shaped)
     _create_if_absent(frame.sparkSession, declared, uri)
     mark = f"{run_id} {uuid.uuid4().hex[:8]}"

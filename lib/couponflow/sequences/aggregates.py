@@ -11,7 +11,7 @@ from functools import reduce
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from couponflow.lake import layouts, workers
+from couponflow.lake import layouts, python_tasks
 from couponflow.sequences import affinity, contacts, measures, packing
 
 #: Days written where an event never happened.
@@ -75,7 +75,7 @@ def build(
         "as_of_date",
         F.expr(f"array({', '.join(map(_finished, layouts.WIDE_FEATURES))})").alias("wide"),
     )
-    return workers.map_in_arrow(
+    return python_tasks.map_in_arrow(
         finished,
         packing.with_packed_wide,
         "user_id string, campaign_id string, as_of timestamp, as_of_date date, wide binary",

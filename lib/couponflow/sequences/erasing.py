@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pyspark.sql import SparkSession
 
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import contracts, storage, workers
+from couponflow.lake import contracts, python_tasks, storage
 from couponflow.lake.erased import Erased
 from couponflow.lake.needles import Needles
 from couponflow.mappings import FeedsConfig
@@ -119,7 +119,7 @@ def scan(
         return Scan((), frozenset())
     tasks = min(len(files), _TASKS_PER_CORE * spark.sparkContext.defaultParallelism)
     look = _scanner(files, erased, person, needles, reader)
-    found = workers.map_in_arrow(spark.range(0, len(files), 1, tasks), look, _SCAN)
+    found = python_tasks.map_in_arrow(spark.range(0, len(files), 1, tasks), look, _SCAN)
     rows = found.orderBy("number").collect()
     affected = [
         Affected(feed, file, tuple(row["positions"]), bool(row["has_text"]))

@@ -19,7 +19,7 @@ from pyspark.sql import types as T
 from couponflow.config import Config
 from couponflow.dates import MAX_DAYS, DateRange, day_start
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import tables, workers
+from couponflow.lake import python_tasks, tables
 from couponflow.sections import ExamplesConfig
 from couponflow.sequences import (
     aggregates,
@@ -178,7 +178,7 @@ def build_targets(campaigns: DataFrame, terms: DataFrame) -> DataFrame:
     )
     listed = campaigns.select("campaign_id").join(members, "campaign_id", "left")
     filled = F.coalesce("members", F.array().cast("array<int>")).alias("members")
-    return workers.map_in_arrow(
+    return python_tasks.map_in_arrow(
         listed.select("campaign_id", filled),
         packing.with_targets,
         "campaign_id string, target_size int, target binary",
@@ -276,7 +276,7 @@ def with_negatives(frame: DataFrame, popularity: packing.Popularity, seed: int) 
         return packing.with_negatives(batches, lambda: broadcast.value, seed)
 
     schema = T.StructType([*rows.schema.fields, T.StructField("negatives", T.BinaryType())])
-    return workers.map_in_arrow(rows, draw, schema).withColumnRenamed("row_key", "row_hash")
+    return python_tasks.map_in_arrow(rows, draw, schema).withColumnRenamed("row_key", "row_hash")
 
 
 def build_training(inputs: Inputs, labelled: DataFrame, config: Config, complete_until: datetime) -> Training:

@@ -24,7 +24,16 @@ from pyspark.sql import functions as F
 
 from couponflow.dates import DateRange
 from couponflow.errors import ConfigError, DataError
-from couponflow.lake import contracts, declarations, literals, schemas, secret_store, storage, tables, workers
+from couponflow.lake import (
+    contracts,
+    declarations,
+    literals,
+    python_tasks,
+    schemas,
+    secret_store,
+    storage,
+    tables,
+)
 from couponflow.lake.erased import Erased
 from couponflow.mappings import FeedMapping, FeedsConfig
 from couponflow.sections import EventsConfig
@@ -141,7 +150,7 @@ def read_raw(
         return literals.frame(spark, [], schema)
     tasks = min(len(delivery.files), _TASKS_PER_CORE * spark.sparkContext.defaultParallelism)
     read = _reader(delivery, key, erased)
-    return workers.map_in_arrow(spark.range(0, len(delivery.files), 1, tasks), read, schema)
+    return python_tasks.map_in_arrow(spark.range(0, len(delivery.files), 1, tasks), read, schema)
 
 
 def _reader(

@@ -11,7 +11,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from couponflow.errors import ConfigError
-from couponflow.lake import layouts, workers
+from couponflow.lake import layouts, python_tasks
 from couponflow.sequences import last_events, merging
 
 _OUTPUT = "user_id string, as_of timestamp, as_of_date date, length int, history binary"
@@ -57,10 +57,10 @@ def build(
         events = merging.merged(state, events)
     shuffled = _event_rows(events).unionByName(_cutoff_rows(population)).repartition("user_id")
     if method == "numpy":
-        return workers.map_in_arrow(shuffled, partial(last_events.at_once, length=length), _OUTPUT)
+        return python_tasks.map_in_arrow(shuffled, partial(last_events.at_once, length=length), _OUTPUT)
     # One long that cannot be null: Spark sorts it by radix and never looks at a row.
     in_order = shuffled.sortWithinPartitions("key")
-    return workers.map_in_arrow(in_order, partial(last_events.stream, length=length), _OUTPUT)
+    return python_tasks.map_in_arrow(in_order, partial(last_events.stream, length=length), _OUTPUT)
 
 
 def _event_rows(events: DataFrame) -> DataFrame:

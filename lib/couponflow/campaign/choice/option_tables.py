@@ -15,7 +15,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 
 from couponflow.campaign.choice.pricing import NO_LIMIT, Bools, Ints, Limits, Users, offered
 from couponflow.errors import DataError
-from couponflow.lake import workers
+from couponflow.lake import python_tasks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -84,7 +84,7 @@ def mapped(frame: DataFrame, work: Work, schema: str) -> DataFrame:
         for batch in batches:
             yield from work(pa.Table.from_batches([batch])).to_batches()
 
-    return workers.map_in_arrow(frame, run, schema)
+    return python_tasks.map_in_arrow(frame, run, schema)
 
 
 def where(kept: DataFrame, limits: Limits, is_kept: Callable[[Users], Bools]) -> DataFrame:
@@ -113,7 +113,7 @@ def in_one_task(frame: DataFrame, work: Work, raises: bool = True) -> tuple[Data
             table = pa.Table.from_batches(read).combine_chunks()
             yield from work(table.sort_by([("tie", "ascending"), ("user_id", "ascending")])).to_batches()
 
-    rows = workers.map_in_arrow(frame.repartition(1), run, CHOICES).localCheckpoint()
+    rows = python_tasks.map_in_arrow(frame.repartition(1), run, CHOICES).localCheckpoint()
     told = [row.facts for row in rows.where(F.col("facts").isNotNull()).select("facts").collect()]
     if not told:  # no row, no batch: the work has not run
         told = work(to_arrow_schema(frame.schema).empty_table()).column("facts").to_pylist()
